@@ -1,0 +1,105 @@
+// What an instruction set must provide: one table of functions, filled once per translation unit
+// in kernels/. A kernel knows no threads, no program and no allocation, and it never looks outside
+// the rows, tokens and heads it is given.
+//
+// The numeric contract binds every function here: what it computes for one (token, row) or one
+// (token, head) does not depend on how many tokens or rows share the call, nor on where a caller
+// cuts the ranges. A product of quantized weights adds, for each row, the blocks in their order:
+// integer sums are exact, and each (sub-)block contributes one fused multiply-add to a float.
+#pragma once
+
+#include <cstdint>
+
+#include "blocks.h"
+
+namespace smolrun {
+
+// Tokens in a block of the KV cache; also the step in which attention sums.
+inline constexpr int64_t kBlockTokens = 32;
+
+// Inputs of a product, one row per token.
+//
+// Products of float weights read `values`. Products of quantized weights read the same numbers
+// rounded to 16 bits per block of 32: value = scale * code. Codes stand in quad order, ready to be
+// multiplied in pairs: weights 4i, 4i+2, 4i+1, 4i+3.
+struct Activations {
+    int64_t columns;
+    const float* values;   // [tokens][columns]
+    const int16_t* codes;  // [tokens][columns]
+    const float* scales;   // [tokens][columns/32]
+    const int32_t* sums;   // [tokens][columns/16], sum of the codes of 16 neighbours
+};
+
+// One token, one KV head, and the query heads that share it.
+struct AttentionTask {
+    const float* q;                 // [group][head_dim], rotated, not scaled
+    float* out;                     // [group][head_dim]
+    int64_t group;                  // query heads per KV head
+    int64_t head_dim;
+    int64_t length;                 // tokens to look at, this one included: position + 1
+    float scale;                    // 1/sqrt(head_dim)
+    const uint16_t* pool;           // the KV cache, float16
+    const int32_t* block_table;     // [ceil(length/32)], block numbers of the sequence
+    int64_t block_stride;           // elements between two blocks of the pool
+    int64_t k_offset;               // of this layer and head in a block: K, [head_dim][32 tokens]
+    int64_t v_offset;               // likewise V, [32 tokens][head_dim]
+    float* scratch;                 // [group][32 + head_dim], the caller's
+};
+
+struct Kernels {
+    const char* name;  // "scalar", "avx2", "avx512"
+
+    // out[t*out_stride + r - row_begin] = dot(weights row r, input t) for row_begin <= r < row_end.
+    // row_begin is a multiple of 16; row_end too, or the number of rows.
+    // scratch: kLinearScratch bytes, 64-byte aligned, the caller's.
+    using Linear = void (*)(const Matrix& weights, const Activations& input, int64_t tokens,
+                            int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
+                            std::byte* scratch);
+    Linear linear[kWeightTypes];
+
+    // x[columns] -> codes[columns] in quad order, scales[columns/32], sums[columns/16].
+    // columns is a multiple of 32. A block that holds a non-finite value gets a NaN scale, so that
+    // whatever is computed from it is NaN too and is caught at the logits.
+    void (*quantize)(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums);
+
+    // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns].
+    void (*rms_norm)(const float* x, const float* weight, int64_t columns, float epsilon,
+                     float* out);
+
+    // Rotates [heads][head_dim] in place, halves i and i + head_dim/2 by cosine/sine [head_dim/2].
+    void (*rope)(float* heads, int64_t head_count, int64_t head_dim, const float* cosine,
+                 const float* sine);
+
+    // out = gate / (1 + exp(-gate)) * up, all [columns].
+    void (*swiglu)(const float* gate, const float* up, int64_t columns, float* out);
+
+    // out += x, both [columns].
+    void (*add)(const float* x, int64_t columns, float* out);
+
+    // Softmax(q k^T * scale) v over the blocks of one sequence. Each block of 32 tokens is reduced
+    // by itself (its own maximum, sum and weighted V), then merged in block order.
+    void (*attention)(const AttentionTask& task);
+
+    // Stores one token's k and v of one KV head into slot `slot` (0..31) of a block:
+    // k into column `slot` of [head_dim][32], v into row `slot` of [32][head_dim]; float16, rounded
+    // to nearest even.
+    void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t slot,
+                     uint16_t* k_block, uint16_t* v_block);
+
+    // One row of a weight as float32 [columns].
+    using Dequantize = void (*)(const Matrix& weights, int64_t row, float* out);
+    Dequantize dequantize[kWeightTypes];
+};
+
+inline constexpr int64_t kLinearScratch = 256 * 1024;  // bytes
+
+extern const Kernels kScalarKernels;
+#ifdef SMOLRUN_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+#ifdef SMOLRUN_EMULATE_AVX512
+extern const Kernels kAvx512EmulatedKernels;
+#endif
+
+}  // namespace smolrun
