@@ -98,8 +98,5 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
-#ifdef SMOLRUN_EMULATE_AVX512
-extern const Kernels kAvx512EmulatedKernels;
-#endif
 
 }  // namespace smolrun
