@@ -1,0 +1,160 @@
+"""The real SmolLM2-135M in every format that people hold, against transformers and llama.cpp.
+
+The reference is transformers in float32 on the very weights of the file, dequantized: so a figure
+here is what our arithmetic adds, not what the format loses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from smolrun import Model
+
+pytestmark = pytest.mark.parity
+
+Array = npt.NDArray[np.float32]
+PASSAGE = Path(__file__).with_name("passage.txt")
+
+# llama.cpp's file types (smollm: llama_ftype), in the order in which they are made.
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q4_0": 2,
+    "Q4_1": None,  # as packaged
+    "Q5_0": 8,
+    "Q4_K_M": 15,
+}
+NMSE_BOUND = {"F32": 1e-6, "F16": 2e-6, "BF16": 5e-5}  # docs/architecture.md, numeric contract
+
+
+def make_format(name: str, packaged: Path, folder: Path) -> Path:
+    """The packaged model in another format, written by llama.cpp's own quantizer."""
+    file_type = FILE_TYPES[name]
+    if file_type is None:
+        return packaged
+    import llama_cpp
+
+    target = folder / f"{name}.gguf"
+    source = packaged if name == "F32" else make_format("F32", packaged, folder)
+    if not target.exists():
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype = file_type
+        parameters.allow_requantize = True
+        parameters.nthread = 2
+        status = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+        assert status == 0
+    return target
+
+
+def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+
+
+def mean_divergence(reference: Array, other: Array) -> float:
+    """Mean KL divergence over positions, in nats."""
+    p, q = log_softmax(reference), log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def nmse(reference: Array, other: Array) -> float:
+    wide = reference.astype(np.float64)
+    return float(((other - wide) ** 2).sum() / (wide**2).sum())
+
+
+def transformers_model(path: Path) -> Any:
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+
+
+def transformers_logits(model: Any, ids: list[int]) -> Array:
+    import torch
+
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor([ids])).logits[0].numpy(), np.float32)
+
+
+def llama_cpp_logits(path: Path, ids: list[int]) -> Array:
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=1024, n_batch=1024, n_threads=2, logits_all=True, verbose=False
+    )
+    try:
+        model.eval(ids)
+        return np.array(model.scores[: len(ids)], np.float32)
+    finally:
+        model.close()
+
+
+@dataclass
+class Case:
+    name: str
+    path: Path
+    model: Model
+    reference: Any
+    ids: list[int]
+
+
+@pytest.fixture(scope="module")
+def formats_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("formats")
+
+
+@pytest.fixture(scope="module", params=list(FILE_TYPES))
+def case(request: pytest.FixtureRequest, real_model: Path, formats_folder: Path) -> Iterator[Case]:
+    path = make_format(request.param, real_model, formats_folder)
+    with Model(path, context_size=2048) as model:
+        ids = model.tokenize(PASSAGE.read_text())[:640]
+        assert len(ids) >= 400
+        yield Case(request.param, path, model, transformers_model(path), ids)
+
+
+def test_logits(case: Case, record_property: Any) -> None:
+    ours = case.model.forward(np.array([case.ids]), all_positions=True)[0]
+    reference = transformers_logits(case.reference, case.ids)
+    error, divergence = nmse(reference, ours), mean_divergence(reference, ours)
+    theirs = llama_cpp_logits(case.path, case.ids)
+    their_divergence = mean_divergence(reference, theirs)
+    figures = (
+        f"{case.name}: NMSE {error:.2e}, KL {divergence:.2e}; "
+        f"llama.cpp NMSE {nmse(reference, theirs):.2e}, KL {their_divergence:.2e}"
+    )
+    record_property("figures", figures)
+    print(figures)
+    assert error <= NMSE_BOUND.get(case.name, 5e-4)
+    # Both are near the noise of float32 itself where the weights are floats.
+    assert divergence <= max(their_divergence, 2e-6)
+
+
+def test_greedy_continuation(case: Case) -> None:
+    """Each of 64 greedy tokens is the reference's own choice, or one it cannot tell from it."""
+    prompt = case.ids[:40]
+    result = case.model.generate(
+        case.model.detokenize(prompt), max_tokens=64, temperature=0.0, logprobs=True
+    )
+    assert result.logprobs is not None
+    tokens = [entry.token_id for entry in result.logprobs]
+    assert len(tokens) == 64 or result.finish_reason == "stop"
+    logits = transformers_logits(case.reference, prompt + tokens)[len(prompt) - 1 : -1]
+    chosen = logits[np.arange(len(tokens)), tokens]
+    # BF16 rounds what others keep; 0.05 is a tenth of the usual gap between the first two.
+    assert (logits.max(axis=-1) - chosen <= (0.05 if case.name == "BF16" else 0.01)).all()
