@@ -1,0 +1,383 @@
+"""Text to token ids and back, exactly as the model was trained.
+
+The work is done by the `tokenizers` library. Its tokenizer comes from tokenizer.json as it is, or
+is put together from the vocabulary and merges of a GGUF file.
+
+Bytes that the vocabulary cannot spell (SmolLM2 lacks 21 of the 256, among them the controls 04
+and 16 hex) are dropped in encoding, as by the library the models were trained with.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from smolrun.errors import ModelFormatError, RequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from smolrun.files.checkpoint import TokenizerData
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types of GGUF."""
+
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+"""Control tokens that end an answer whatever the file declares as its end of sequence."""
+
+MARKUP_TOKENS = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    *("<tool_response>", "</tool_response>", "<code>", "</code>"),
+)
+"""Tokens of the answer's own structure. They are parsed, so they are never hidden as control."""
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# From this length on (characters) a text is encoded without the GIL, so that one long prompt
+# stalls no other thread: 1 MB takes 0.3 s. Shorter ones are not worth starting the pool for.
+_LONG_TEXT = 16_384
+
+_T = TypeVar("_T")
+
+
+def _llama3_splitter() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _smollm_splitter() -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+# Name in tokenizer.ggml.pre -> (how text is cut, emit a whole piece that is in the vocabulary
+# without merging it). smaug-bpe is what GGUF files of SmolLM3 say; the flag is on for it because
+# SmolLM3 took over Llama 3's tokenizer, 588 tokens of which no merge reaches.
+_PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "smollm": (_smollm_splitter, False),
+    "smaug-bpe": (_llama3_splitter, True),
+    "llama-bpe": (_llama3_splitter, True),
+    "llama3": (_llama3_splitter, True),
+    "llama-v3": (_llama3_splitter, True),
+}
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: one printable character for each of the 256 bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTES = _byte_of_character()
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    Args:
+        data: what the model's files say about its vocabulary.
+        vocab_size: rows of the embedding; no id may reach it.
+
+    Raises:
+        UnsupportedError: a pre-tokenizer or tokenizer type that smolrun does not know.
+        ModelFormatError: a vocabulary that contradicts itself or does not fit `vocab_size`.
+    """
+
+    def __init__(self, data: TokenizerData, vocab_size: int) -> None:
+        self.origin = data.origin
+        self.vocab_size = vocab_size
+        self.bos_token_id = _known_id(data.bos_token_id, "bos_token_id", vocab_size, data.origin)
+        self.eos_token_id = _known_id(data.eos_token_id, "eos_token_id", vocab_size, data.origin)
+        self.pad_token_id = _known_id(data.pad_token_id, "pad_token_id", vocab_size, data.origin)
+        self.add_bos_token = data.add_bos_token
+        if self.add_bos_token and self.bos_token_id is None:
+            raise ModelFormatError(
+                f"{data.origin}: add_bos_token is true, but there is no bos_token_id"
+            )
+        self._library = _from_json(data) if data.json is not None else _from_gguf(data, vocab_size)
+        self._added: dict[int, Any] = self._library.get_added_tokens_decoder()
+        highest = max(self._added, default=-1)
+        self.token_count: int = max(self._library.get_vocab_size(), highest + 1)
+        if self.token_count > vocab_size:
+            raise ModelFormatError(
+                f"{data.origin}: the tokenizer has {self.token_count} tokens, the model's "
+                f"embedding {vocab_size} rows; the files do not belong together"
+            )
+        self._special = frozenset(
+            token_id
+            for token_id, token in self._added.items()
+            if token.special and token.content not in MARKUP_TOKENS
+        )
+        self._plain: Any = None
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts of the control tokens, in order of their ids."""
+        return tuple(self._added[token_id].content for token_id in sorted(self._special))
+
+    def encode(
+        self, text: str, *, parse_special: bool = True, add_bos: bool | None = None
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any string; a lone surrogate counts as U+FFFD.
+            parse_special: whether the text of a control token means that token. If false it is
+                ordinary text; tokens such as `<think>`, which are not control, are found anyway.
+            add_bos: put the beginning-of-sequence token in front; None does what the file says,
+                which for the SmolLM family is no.
+        """
+        library = self._library if parse_special else self._without_control_tokens()
+        text = _without_lone_surrogates(text)
+        if len(text) < _LONG_TEXT:
+            encoding = library.encode(text, add_special_tokens=False)
+        else:
+            encoding = library.encode_batch_fast([text], add_special_tokens=False)[0]
+        ids: list[int] = encoding.ids
+        if ids and max(ids) >= self.vocab_size:
+            raise ModelFormatError(
+                f"{self.origin}: the tokenizer gave id {max(ids)}, the model's embedding has "
+                f"{self.vocab_size} rows"
+            )
+        if self.add_bos_token if add_bos is None else add_bos:
+            if self.bos_token_id is None:
+                raise RequestError(f"add_bos: {self.origin} has no beginning-of-sequence token")
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids, byte for byte; invalid UTF-8 becomes U+FFFD.
+
+        Args:
+            ids: token ids, each within the model's vocabulary.
+            skip_special: leave control tokens out.
+        """
+        if skip_special:
+            ids = (token_id for token_id in ids if token_id not in self._special)
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for a padding row of the embedding."""
+        known = self._bytes.get(token_id)
+        if known is not None:
+            return known
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside of the vocabulary (0 to {self.vocab_size - 1})"
+            )
+        added = self._added.get(token_id)
+        token: str | None = added.content if added else self._library.id_to_token(token_id)
+        if token is None:
+            found = b""
+        elif added:
+            found = token.encode()
+        else:
+            try:
+                found = bytes([_BYTES[character] for character in token])
+            except KeyError:
+                found = token.encode()
+        self._bytes[token_id] = found
+        return found
+
+    def id_of(self, token_text: str) -> int | None:
+        """Id of the token with this text (in the vocabulary's spelling), or None."""
+        found: int | None = self._library.token_to_id(token_text)
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is control: it steers the model and is no part of any text."""
+        return token_id in self._special
+
+    def stop_ids(self, config_eos: Iterable[int] = ()) -> frozenset[int]:
+        """Ids that end an answer.
+
+        Args:
+            config_eos: ids from config.json, generation_config.json or GGUF metadata.
+        """
+        found = {token_id for token_id in config_eos if 0 <= token_id < self.vocab_size}
+        if self.eos_token_id is not None:
+            found.add(self.eos_token_id)
+        for text in STOP_TOKENS:
+            token_id = self.id_of(text)
+            if token_id is not None and self.is_special(token_id):
+                found.add(token_id)
+        return frozenset(found)
+
+    def _without_control_tokens(self) -> Any:
+        # A second tokenizer over the same vocabulary (80 MB for SmolLM3, held once). Switching
+        # `encode_special_tokens` on the first one instead would race with other threads.
+        if self._plain is None:
+            from tokenizers import Tokenizer as Library
+
+            plain = Library(self._library.model)
+            for part in ("normalizer", "pre_tokenizer", "decoder"):
+                value = getattr(self._library, part)
+                if value is not None:
+                    setattr(plain, part, value)
+            plain.add_tokens([self._added[token_id] for token_id in sorted(self._added)])
+            plain.encode_special_tokens = True
+            if plain.get_added_tokens_decoder().keys() != self._added.keys():
+                raise ModelFormatError(
+                    f"{self.origin}: the ids of the added tokens leave gaps after the vocabulary"
+                )
+            self._plain = plain
+        return self._plain
+
+
+class IncrementalDecoder:
+    """Turns a stream of token ids into text as it comes, never cutting a character.
+
+    Bytes that may still become a character are held back. The pieces, `flush` included, join to
+    what `Tokenizer.decode` makes of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that is complete now that this token has come."""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._skip_special and self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never finished."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def _guarded(origin: str, build: Callable[[], _T]) -> _T:
+    """Runs the library on a stranger's data; whatever it raises becomes a ModelFormatError."""
+    try:
+        return build()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library derives from BaseException
+        raise ModelFormatError(f"{origin}: not a usable tokenizer: {error}") from error
+
+
+def _from_json(data: TokenizerData) -> Any:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    assert data.json is not None
+    content = data.json
+    library = _guarded(data.origin, lambda: Library.from_buffer(content))
+    if not isinstance(library.model, models.BPE):
+        raise UnsupportedError(
+            f"{data.origin}: tokenizer.json holds a {type(library.model).__name__} model; "
+            "smolrun runs BPE tokenizers"
+        )
+    # A file may ask to shorten or pad every text; a prompt must stay whole.
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Library
+
+    tokens, types = data.tokens, data.token_types
+    if data.pre_tokenizer is None or data.pre_tokenizer not in _PRE_TOKENIZERS:
+        raise UnsupportedError(
+            f"{data.origin}: tokenizer.ggml.pre is {data.pre_tokenizer!r}; smolrun knows "
+            f"{', '.join(_PRE_TOKENIZERS)}. Any other would cut the text differently"
+        )
+    if not tokens:
+        raise ModelFormatError(f"{data.origin}: tokenizer.ggml.tokens is missing or empty")
+    if len(tokens) > vocab_size:
+        raise ModelFormatError(
+            f"{data.origin}: tokenizer.ggml.tokens has {len(tokens)} entries, the model's "
+            f"embedding {vocab_size} rows"
+        )
+    if types and len(types) != len(tokens):
+        raise ModelFormatError(
+            f"{data.origin}: tokenizer.ggml.token_type has {len(types)} entries, "
+            f"tokenizer.ggml.tokens {len(tokens)}"
+        )
+    splitter, ignore_merges = _PRE_TOKENIZERS[data.pre_tokenizer]
+    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(vocabulary) != len(tokens):
+        raise ModelFormatError(f"{data.origin}: {_first_duplicate(tokens)}")
+    pairs = _merge_pairs(data.merges, data.origin)
+    # Of the ways to build the model this is the fastest (128k tokens, 280k merges: 0.2 s; writing
+    # a tokenizer.json in memory and parsing it takes 0.32 s).
+    model = _guarded(
+        data.origin, lambda: models.BPE(vocabulary, pairs, ignore_merges=ignore_merges)
+    )
+    library = Library(model)
+    library.pre_tokenizer = splitter()
+    library.decoder = decoders.ByteLevel()
+    added = [
+        AddedToken(token, special=kind == CONTROL and token not in MARKUP_TOKENS, normalized=False)
+        for token, kind in zip(tokens, types, strict=False)
+        if kind in (CONTROL, USER_DEFINED) and token
+    ]
+    _guarded(data.origin, lambda: library.add_tokens(added))
+    return library
+
+
+def _merge_pairs(merges: Sequence[str], origin: str) -> list[tuple[str, ...]]:
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for index, pair in enumerate(pairs):
+        if len(pair) != 2:
+            # The left part may itself begin with a space, so the cut is sought from index 1.
+            place = merges[index].find(" ", 1)
+            if place < 0:
+                raise ModelFormatError(
+                    f"{origin}: tokenizer.ggml.merges[{index}] is {merges[index]!r}; expected "
+                    "two tokens with a space between"
+                )
+            pairs[index] = (merges[index][:place], merges[index][place + 1 :])
+    return pairs
+
+
+def _first_duplicate(tokens: Sequence[str]) -> str:
+    seen: dict[str, int] = {}
+    for token_id, token in enumerate(tokens):
+        if token in seen:
+            return (
+                f"tokenizer.ggml.tokens[{token_id}] repeats {token!r} of "
+                f"tokenizer.ggml.tokens[{seen[token]}]"
+            )
+        seen[token] = token_id
+    return "tokenizer.ggml.tokens repeats a token"
+
+
+def _known_id(token_id: int | None, name: str, vocab_size: int, origin: str) -> int | None:
+    if token_id is not None and not 0 <= token_id < vocab_size:
+        raise ModelFormatError(
+            f"{origin}: {name} is {token_id}; expected 0 to {vocab_size - 1} (the vocabulary)"
+        )
+    return token_id
+
+
+def _without_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
