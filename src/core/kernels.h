@@ -4,8 +4,38 @@
 //
 // The numeric contract binds every function here: what it computes for one (token, row) or one
 // (token, head) does not depend on how many tokens or rows share the call, nor on where a caller
-// cuts the ranges. A product of quantized weights adds, for each row, the blocks in their order:
-// integer sums are exact, and each (sub-)block contributes one fused multiply-add to a float.
+// cuts the ranges. Two instruction sets need not give the same bits. kernels/scalar*.cpp is the
+// definition: the others may order sums differently, and keep to what follows.
+//
+// Products of quantized weights. A weight is scale * code + minimum, where scale = d * (integer
+// scale of the sub-block) and minimum likewise; both products are exact in float, as d has 11 bits
+// and an integer scale at most 8. Codes here are signed, after the offset or the table. With the
+// activations of 32 neighbours as s * code, a sub-block (32 weights; 16 of Q2_K, Q3_K, Q6_K) adds
+//
+//     total = fma(scale * s, float(dot), total)        dot = sum of code * code, exact
+//     total = fma(minimum * s, float(sum), total)      types with a minimum; sum of `sums`
+//
+// in the order of the blocks. An offset may be taken out of unsigned codes as offset * sum. Integer
+// scales may instead be folded into the dot of 32 weights, where it fits 32 bits. At most, with
+// |activation code| <= 32767:
+//
+//     type           |code|   dot of its sub-block   dot * integer scale, over 32 weights
+//     Q4_0, Q4_1      8, 15    15.8e6                 no integer scale
+//     Q5_0, Q5_1     16, 31    32.6e6                 no integer scale
+//     Q8_0          128         134e6                 no integer scale; of code + 128: 268e6
+//     IQ4_NL        127         134e6                 no integer scale
+//     Q2_K            3         1.6e6                   48e6, minimums 16e6: may be folded
+//     Q3_K            4         2.1e6                  135e6 (code + 4: 235e6): may be folded
+//     Q4_K           15        15.8e6                  991e6, minimums 67e6: may be folded
+//     Q5_K           31        32.6e6                2.048e9, minimums 67e6: just fits 2.147e9
+//     Q6_K           32        16.8e6                  4.3e9: does NOT fit
+//     IQ4_XS        127         134e6                  4.3e9: does NOT fit
+//
+// Products of float weights: a fixed order of summation per row length, the same for one token and
+// for many.
+//
+// A value that is not finite must reach the output as one. Only a slot of the KV cache at or past
+// `length` is never looked at.
 #pragma once
 
 #include <cstdint>
@@ -32,18 +62,18 @@ struct Activations {
 
 // One token, one KV head, and the query heads that share it.
 struct AttentionTask {
-    const float* q;                 // [group][head_dim], rotated, not scaled
-    float* out;                     // [group][head_dim]
-    int64_t group;                  // query heads per KV head
+    const float* q;  // [group][head_dim], rotated, not scaled
+    float* out;      // [group][head_dim]
+    int64_t group;   // query heads per KV head
     int64_t head_dim;
-    int64_t length;                 // tokens to look at, this one included: position + 1
-    float scale;                    // 1/sqrt(head_dim)
-    const uint16_t* pool;           // the KV cache, float16
-    const int32_t* block_table;     // [ceil(length/32)], block numbers of the sequence
-    int64_t block_stride;           // elements between two blocks of the pool
-    int64_t k_offset;               // of this layer and head in a block: K, [head_dim][32 tokens]
-    int64_t v_offset;               // likewise V, [32 tokens][head_dim]
-    float* scratch;                 // [group][32 + head_dim], the caller's
+    int64_t length;              // tokens to look at, this one included: position + 1
+    float scale;                 // 1/sqrt(head_dim)
+    const uint16_t* pool;        // the KV cache, float16
+    const int32_t* block_table;  // [ceil(length/32)], block numbers of the sequence
+    int64_t block_stride;        // elements between two blocks of the pool
+    int64_t k_offset;            // of this layer and head in a block: K, [head_dim][32 tokens]
+    int64_t v_offset;            // likewise V, [32 tokens][head_dim]
+    float* scratch;              // [group][32 + head_dim], the caller's
 };
 
 struct Kernels {
@@ -58,11 +88,15 @@ struct Kernels {
     Linear linear[kWeightTypes];
 
     // x[columns] -> codes[columns] in quad order, scales[columns/32], sums[columns/16].
-    // columns is a multiple of 32. A block that holds a non-finite value gets a NaN scale, so that
-    // whatever is computed from it is NaN too and is caught at the logits.
+    // columns is a multiple of 32. scale = max|x| / 32767; code = x * (32767 / max|x|), rounded to
+    // nearest even, so never -32768. A block whose scale would be below the smallest normal float
+    // (max|x| < 3.9e-34) counts as zero: scale and codes 0. A block that holds a non-finite value
+    // gets a NaN scale and codes 0, so that whatever is computed from it is NaN too and is caught
+    // at the logits.
     void (*quantize)(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums);
 
-    // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns].
+    // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns]. Squares are summed in double: a
+    // finite input, however large, does not overflow into zeros.
     void (*rms_norm)(const float* x, const float* weight, int64_t columns, float epsilon,
                      float* out);
 
@@ -77,7 +111,9 @@ struct Kernels {
     void (*add)(const float* x, int64_t columns, float* out);
 
     // Softmax(q k^T * scale) v over the blocks of one sequence. Each block of 32 tokens is reduced
-    // by itself (its own maximum, sum and weighted V), then merged in block order.
+    // by itself (its own maximum, sum and weighted V), then merged in block order. In the last
+    // block only the first (length - 1) % 32 + 1 slots count; what the others hold, NaN included,
+    // has no influence, so they are skipped or selected away, never multiplied by zero.
     void (*attention)(const AttentionTask& task);
 
     // Stores one token's k and v of one KV head into slot `slot` (0..31) of a block:

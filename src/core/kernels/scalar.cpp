@@ -1,0 +1,171 @@
+// The kernels in portable C++: what the faster ones must compute.
+#include "kernels/scalar.h"
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+#include "kernels/numbers.h"
+#include "packed.h"
+
+namespace smolrun {
+namespace {
+
+// Codes are rounded in the current rounding mode, which is to nearest even.
+constexpr float kMaxCode = 32767.0f;
+
+// Rounds 32 numbers to codes; returns their scale.
+float quantize_piece(const float* x, int16_t* codes) {
+    uint32_t largest = 0;  // magnitudes as bits: NaN is above infinity, which is above the rest
+    for (int64_t i = 0; i < kPieceWeights; ++i) {
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    }
+    std::fill_n(codes, kPieceWeights, int16_t{0});
+    if (largest >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
+    const float scale = std::bit_cast<float>(largest) / kMaxCode;
+    if (scale < FLT_MIN) return 0.0f;
+    const float inverse = kMaxCode / std::bit_cast<float>(largest);
+    for (int64_t quad = 0; quad < kPieceWeights; quad += 4) {
+        const float* from = x + quad;
+        const float ordered[4] = {from[0], from[2], from[1], from[3]};
+        for (int j = 0; j < 4; ++j) {
+            codes[quad + j] = static_cast<int16_t>(std::nearbyint(ordered[j] * inverse));
+        }
+    }
+    return scale;
+}
+
+void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
+    for (int64_t piece = 0; piece < columns / kPieceWeights; ++piece) {
+        int16_t* piece_codes = codes + piece * kPieceWeights;
+        scales[piece] = quantize_piece(x + piece * kPieceWeights, piece_codes);
+        for (int half = 0; half < 2; ++half) {
+            int32_t sum = 0;
+            for (int i = 0; i < 16; ++i) sum += piece_codes[16 * half + i];
+            sums[2 * piece + half] = sum;
+        }
+    }
+}
+
+void rms_norm(const float* x, const float* weight, int64_t columns, float epsilon, float* out) {
+    double sum = 0;
+    for (int64_t i = 0; i < columns; ++i) sum += double{x[i]} * double{x[i]};
+    const double mean = sum / static_cast<double>(columns);
+    const float inverse = static_cast<float>(1.0 / std::sqrt(mean + double{epsilon}));
+    for (int64_t i = 0; i < columns; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+void rope(float* heads, int64_t head_count, int64_t head_dim, const float* cosine,
+          const float* sine) {
+    const int64_t half = head_dim / 2;
+    for (int64_t head = 0; head < head_count; ++head) {
+        float* first = heads + head * head_dim;
+        float* second = first + half;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = first[i], b = second[i];
+            first[i] = a * cosine[i] - b * sine[i];
+            second[i] = b * cosine[i] + a * sine[i];
+        }
+    }
+}
+
+void swiglu(const float* gate, const float* up, int64_t columns, float* out) {
+    for (int64_t i = 0; i < columns; ++i) {
+        out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    }
+}
+
+void add(const float* x, int64_t columns, float* out) {
+    for (int64_t i = 0; i < columns; ++i) out[i] += x[i];
+}
+
+void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, uint16_t* k_block,
+              uint16_t* v_block) {
+    for (int64_t i = 0; i < head_dim; ++i) {
+        k_block[i * kBlockTokens + slot] = half_from_float(k[i]);
+        v_block[slot * head_dim + i] = half_from_float(v[i]);
+    }
+}
+
+// Softmax over the first `count` tokens of one block, not yet divided by its sum.
+struct BlockResult {
+    float maximum;  // of the scores
+    float sum;      // of exp(score - maximum)
+};
+
+// weighted[head_dim] = sum of exp(score - maximum) * V; scores is [32].
+BlockResult attend_block(const AttentionTask& task, const float* q, const uint16_t* block,
+                         int64_t count, float* scores, float* weighted) {
+    const uint16_t* k = block + task.k_offset;
+    const uint16_t* v = block + task.v_offset;
+    std::fill_n(scores, kBlockTokens, 0.0f);
+    for (int64_t i = 0; i < task.head_dim; ++i) {
+        for (int64_t token = 0; token < count; ++token) {
+            scores[token] += q[i] * float_from_half(k[i * kBlockTokens + token]);
+        }
+    }
+    BlockResult result{-std::numeric_limits<float>::infinity(), 0.0f};
+    for (int64_t token = 0; token < count; ++token) {
+        scores[token] *= task.scale;
+        result.maximum = std::max(result.maximum, scores[token]);
+    }
+    std::fill_n(weighted, task.head_dim, 0.0f);
+    for (int64_t token = 0; token < count; ++token) {
+        const float weight = std::exp(scores[token] - result.maximum);
+        result.sum += weight;
+        for (int64_t i = 0; i < task.head_dim; ++i) {
+            weighted[i] += weight * float_from_half(v[token * task.head_dim + i]);
+        }
+    }
+    return result;
+}
+
+void attend_head(const AttentionTask& task, const float* q, float* out, float* scratch) {
+    float* scores = scratch;                   // [32]
+    float* weighted = scratch + kBlockTokens;  // [head_dim]
+    BlockResult all{-std::numeric_limits<float>::infinity(), 0.0f};
+    std::fill_n(out, task.head_dim, 0.0f);
+    for (int64_t first = 0; first < task.length; first += kBlockTokens) {
+        const uint16_t* block =
+            task.pool + int64_t{task.block_table[first / kBlockTokens]} * task.block_stride;
+        const int64_t count = std::min(kBlockTokens, task.length - first);
+        const BlockResult one = attend_block(task, q, block, count, scores, weighted);
+        // exp(-inf - maximum) is 0 for the first block, so nothing of the start is left.
+        const float maximum = std::max(all.maximum, one.maximum);
+        const float keep = std::exp(all.maximum - maximum);
+        const float take = std::exp(one.maximum - maximum);
+        all = {maximum, all.sum * keep + one.sum * take};
+        for (int64_t i = 0; i < task.head_dim; ++i) out[i] = out[i] * keep + weighted[i] * take;
+    }
+    for (int64_t i = 0; i < task.head_dim; ++i) out[i] /= all.sum;
+}
+
+void attention(const AttentionTask& task) {
+    for (int64_t head = 0; head < task.group; ++head) {
+        attend_head(task, task.q + head * task.head_dim, task.out + head * task.head_dim,
+                    task.scratch + head * (kBlockTokens + task.head_dim));
+    }
+}
+
+}  // namespace
+
+const Kernels kScalarKernels = {
+    .name = "scalar",
+#define X(name, weights, bytes) scalar::linear(WeightType::name),
+    .linear = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
+    .quantize = quantize,
+    .rms_norm = rms_norm,
+    .rope = rope,
+    .swiglu = swiglu,
+    .add = add,
+    .attention = attention,
+    .store_kv = store_kv,
+#define X(name, weights, bytes) scalar::dequantize(WeightType::name),
+    .dequantize = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
+};
+
+}  // namespace smolrun

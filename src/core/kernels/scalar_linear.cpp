@@ -1,0 +1,292 @@
+// Products of weights in portable C++. It is the definition that faster kernels follow: one piece
+// of 32 weights x 16 rows is unpacked into plain codes and float scales, then met by each token.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/numbers.h"
+#include "kernels/scalar.h"
+#include "packed.h"
+
+namespace smolrun::scalar {
+namespace {
+
+constexpr int kRows = static_cast<int>(kGroupRows);
+constexpr int kPiece = static_cast<int>(kPieceWeights);
+constexpr int64_t kTokenTile = 64;
+
+// 32 weights of 16 rows, ready to multiply: weight = scale * code + minimum.
+struct Piece {
+    int16_t codes[kPiece][kRows];  // in quad order, as the activations are
+    float scales[2][kRows];        // of each sub-block; one sub-block: only the first
+    float minimums[2][kRows];      // likewise; types without a minimum leave it unset
+};
+
+// Where weight `index` of a piece stands in quad order: 0, 2, 1, 3 within its quad.
+constexpr int quad_position(int index) {
+    constexpr int order[4] = {0, 2, 1, 3};
+    return index / 4 * 4 + order[index % 4];
+}
+
+// Reads weight `index` of all rows out of a plane of `bits` bits per weight (blocks.h).
+template <int bits>
+inline void read_plane(const std::byte* plane, int index, uint32_t (&out)[kRows]) {
+    constexpr int quads_in_word = 8 / bits;
+    const int word = index / (4 * quads_in_word);
+    const int shift = 8 * (index % 4) + bits * (index / 4 % quads_in_word);
+    constexpr uint32_t mask = (1u << bits) - 1;
+    for (int row = 0; row < kRows; ++row) {
+        out[row] = load<uint32_t>(plane + 4 * (word * kRows + row)) >> shift & mask;
+    }
+}
+
+template <WeightType type>
+void unpack_codes(const std::byte* block, int piece, Piece& out) {
+    constexpr PackedLayout at = packed_layout(type);
+    // 32 weights of `bits` bits take 4*bits bytes a row.
+    const std::byte* low_plane = block + at.low + piece * 4 * at.low_bits * kRows;
+    const std::byte* high_plane = block + at.high + piece * 4 * at.high_bits * kRows;
+    for (int index = 0; index < kPiece; ++index) {
+        uint32_t code[kRows], high[kRows] = {};
+        read_plane<at.low_bits>(low_plane, index, code);
+        if constexpr (at.high_bits != 0) read_plane<at.high_bits>(high_plane, index, high);
+        int16_t* codes = out.codes[quad_position(index)];
+        for (int row = 0; row < kRows; ++row) {
+            const int whole = static_cast<int>(code[row] | high[row] << at.low_bits);
+            codes[row] =
+                static_cast<int16_t>(at.lookup ? kNonlinearValues[whole & 15] : whole - at.offset);
+        }
+    }
+}
+
+inline int byte_at(const std::byte* field, int n, int row) {
+    return std::to_integer<int>(field[n * kRows + row]);
+}
+
+// Six-bit scale and minimum of sub-block j of Q4_K and Q5_K.
+struct ScaleAndMinimum {
+    int scale, minimum;
+};
+inline ScaleAndMinimum q4_k_scale(const std::byte* field, int j, int row) {
+    if (j < 4) return {byte_at(field, j, row) & 63, byte_at(field, j + 4, row) & 63};
+    const int both = byte_at(field, j + 4, row);
+    return {(both & 15) | byte_at(field, j - 4, row) >> 6 << 4,
+            both >> 4 | byte_at(field, j, row) >> 6 << 4};
+}
+
+// Scale of sub-block j (of 16 weights) of Q3_K: -32..31.
+inline int q3_k_scale(const std::byte* field, int j, int row) {
+    const int low = byte_at(field, j % 8, row) >> (j < 8 ? 0 : 4) & 15;
+    const int high = byte_at(field, 8 + j % 4, row) >> (2 * (j / 4)) & 3;
+    return (low | high << 4) - 32;
+}
+
+// The integer scale and minimum of sub-block j of a block; 1 and 1 where a type has none.
+template <WeightType type>
+inline ScaleAndMinimum integer_scale(const std::byte* block, int j, int row) {
+    constexpr PackedLayout at = packed_layout(type);
+    const std::byte* field = block + at.scales;
+    if constexpr (type == WeightType::Q2_K) {
+        return {byte_at(field, j, row) & 15, byte_at(field, j, row) >> 4};
+    } else if constexpr (type == WeightType::Q3_K) {
+        return {q3_k_scale(field, j, row), 0};
+    } else if constexpr (type == WeightType::Q4_K || type == WeightType::Q5_K) {
+        return q4_k_scale(field, j, row);
+    } else if constexpr (type == WeightType::Q6_K) {
+        return {static_cast<int8_t>(byte_at(field, j, row)), 0};
+    } else if constexpr (type == WeightType::IQ4_XS) {
+        const int low = byte_at(field, j / 2, row) >> (4 * (j % 2)) & 15;
+        const int high = load<uint16_t>(block + at.scales_high + 2 * row) >> (2 * j) & 3;
+        return {(low | high << 4) - 32, 0};
+    } else {
+        return {1, 1};
+    }
+}
+
+template <WeightType type>
+void unpack_scales(const std::byte* block, int piece, Piece& out) {
+    constexpr PackedLayout at = packed_layout(type);
+    constexpr int parts = kPiece / at.sub_block;
+    // The K types subtract their minimums, Q4_1 and Q5_1 add them.
+    constexpr float sign = at.scales >= 0 ? -1.0f : 1.0f;
+    for (int row = 0; row < kRows; ++row) {
+        const float scale = float_from_half(load<uint16_t>(block + at.scale + 2 * row));
+        float minimum = 0;
+        if constexpr (at.minimum >= 0) {
+            minimum = sign * float_from_half(load<uint16_t>(block + at.minimum + 2 * row));
+        }
+        for (int part = 0; part < parts; ++part) {
+            const auto whole = integer_scale<type>(block, piece * parts + part, row);
+            out.scales[part][row] = scale * static_cast<float>(whole.scale);
+            out.minimums[part][row] = minimum * static_cast<float>(whole.minimum);
+        }
+    }
+}
+
+template <WeightType type>
+const std::byte* unpack(const std::byte* group, int64_t piece_of_row, Piece& out) {
+    constexpr int64_t pieces = layout(type).weights / kPieceWeights;
+    const std::byte* block = group + piece_of_row / pieces * layout(type).bytes * kRows;
+    const int piece = static_cast<int>(piece_of_row % pieces);
+    unpack_codes<type>(block, piece, out);
+    unpack_scales<type>(block, piece, out);
+    return block;
+}
+
+// Adds the product of one piece and 32 activations to the totals of 16 rows.
+template <WeightType type>
+void multiply(const Piece& piece, const int16_t* codes, const int32_t* sums, float scale,
+              float (&totals)[kRows]) {
+    constexpr PackedLayout at = packed_layout(type);
+    for (int part = 0; part < kPiece / at.sub_block; ++part) {
+        int32_t dots[kRows] = {};
+        for (int i = part * at.sub_block; i < (part + 1) * at.sub_block; ++i) {
+            for (int row = 0; row < kRows; ++row) {
+                dots[row] += int32_t{piece.codes[i][row]} * int32_t{codes[i]};
+            }
+        }
+        for (int row = 0; row < kRows; ++row) {
+            const float factor = piece.scales[part][row] * scale;
+            totals[row] = std::fma(factor, static_cast<float>(dots[row]), totals[row]);
+        }
+        if constexpr (at.minimum >= 0) {
+            const int32_t sum = at.sub_block == 16 ? sums[part] : sums[0] + sums[1];
+            for (int row = 0; row < kRows; ++row) {
+                const float factor = piece.minimums[part][row] * scale;
+                totals[row] = std::fma(factor, static_cast<float>(sum), totals[row]);
+            }
+        }
+    }
+}
+
+template <WeightType type>
+void quantized_linear(const Matrix& weights, const Activations& input, int64_t tokens,
+                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
+                      std::byte*) {
+    const int64_t columns = weights.columns, pieces = columns / kPieceWeights;
+    const int64_t group_bytes = columns / layout(type).weights * layout(type).bytes * kRows;
+    float totals[kTokenTile][kRows];
+    Piece piece;
+    for (int64_t first = 0; first < tokens; first += kTokenTile) {
+        const int64_t tile = std::min(kTokenTile, tokens - first);
+        for (int64_t row = row_begin; row < row_end; row += kRows) {
+            std::fill_n(&totals[0][0], tile * kRows, 0.0f);
+            for (int64_t p = 0; p < pieces; ++p) {
+                unpack<type>(weights.data + row / kRows * group_bytes, p, piece);
+                for (int64_t t = 0; t < tile; ++t) {
+                    const int64_t token = first + t;
+                    multiply<type>(piece, input.codes + token * columns + p * kPieceWeights,
+                                   input.sums + token * (columns / 16) + 2 * p,
+                                   input.scales[token * pieces + p], totals[t]);
+                }
+            }
+            const int64_t rows = std::min<int64_t>(kRows, row_end - row);
+            for (int64_t t = 0; t < tile; ++t) {
+                std::copy_n(totals[t], rows, out + (first + t) * out_stride + row - row_begin);
+            }
+        }
+    }
+}
+
+template <WeightType type>
+void quantized_row(const Matrix& weights, int64_t row, float* out) {
+    constexpr PackedLayout at = packed_layout(type);
+    const int64_t pieces = weights.columns / kPieceWeights;
+    const int64_t group_bytes = weights.columns / layout(type).weights * layout(type).bytes * kRows;
+    Piece piece;
+    for (int64_t p = 0; p < pieces; ++p) {
+        unpack<type>(weights.data + row / kRows * group_bytes, p, piece);
+        for (int i = 0; i < kPiece; ++i) {
+            const int part = i / at.sub_block;
+            float value = piece.scales[part][row % kRows] *
+                          static_cast<float>(piece.codes[quad_position(i)][row % kRows]);
+            if constexpr (at.minimum >= 0) value += piece.minimums[part][row % kRows];
+            out[p * kPiece + i] = value;
+        }
+    }
+}
+
+template <WeightType type>
+inline float read_weight(const std::byte* row, int64_t column) {
+    if constexpr (type == WeightType::F32) {
+        return load<float>(row + 4 * column);
+    } else {
+        const uint16_t bits = load<uint16_t>(row + 2 * column);
+        return type == WeightType::F16 ? float_from_half(bits) : float_from_bfloat16(bits);
+    }
+}
+
+template <WeightType type>
+void float_row(const Matrix& weights, int64_t row, float* out) {
+    const std::byte* data = weights.data + row * weights.columns * layout(type).bytes;
+    for (int64_t column = 0; column < weights.columns; ++column) {
+        out[column] = read_weight<type>(data, column);
+    }
+}
+
+// Column c belongs to lane c % 16. A lane adds its products in order, and the lanes are added by
+// halves: 0+8, 1+9, ...; then 0+4, ...
+inline float add_lanes(float (&lanes)[16]) {
+    for (int half = 8; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+}
+
+template <WeightType type>
+void float_linear(const Matrix& weights, const Activations& input, int64_t tokens,
+                  int64_t row_begin, int64_t row_end, float* out, int64_t out_stride, std::byte*) {
+    const int64_t columns = weights.columns;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+        const std::byte* data = weights.data + row * columns * layout(type).bytes;
+        for (int64_t token = 0; token < tokens; ++token) {
+            const float* x = input.values + token * columns;
+            float lanes[16] = {};
+            int64_t column = 0;
+            for (; column + 16 <= columns; column += 16) {
+                for (int lane = 0; lane < 16; ++lane) {
+                    lanes[lane] += read_weight<type>(data, column + lane) * x[column + lane];
+                }
+            }
+            for (int lane = 0; column < columns; ++column, ++lane) {
+                lanes[lane] += read_weight<type>(data, column) * x[column];
+            }
+            out[token * out_stride + row - row_begin] = add_lanes(lanes);
+        }
+    }
+}
+
+}  // namespace
+
+Kernels::Linear linear(WeightType type) {
+    switch (type) {
+#define X(name, weights, bytes)                        \
+    case WeightType::name:                             \
+        if constexpr (is_float(WeightType::name)) {    \
+            return float_linear<WeightType::name>;     \
+        } else {                                       \
+            return quantized_linear<WeightType::name>; \
+        }
+        SMOLRUN_WEIGHT_TYPES(X)
+#undef X
+        default:
+            return nullptr;
+    }
+}
+
+Kernels::Dequantize dequantize(WeightType type) {
+    switch (type) {
+#define X(name, weights, bytes)                     \
+    case WeightType::name:                          \
+        if constexpr (is_float(WeightType::name)) { \
+            return float_row<WeightType::name>;     \
+        } else {                                    \
+            return quantized_row<WeightType::name>; \
+        }
+        SMOLRUN_WEIGHT_TYPES(X)
+#undef X
+        default:
+            return nullptr;
+    }
+}
+
+}  // namespace smolrun::scalar
