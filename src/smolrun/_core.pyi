@@ -1,5 +1,7 @@
 """Types of the native core (src/core)."""
 
+from typing import TypedDict
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +16,126 @@ def isas() -> list[str]:
 
 def default_isa() -> str:
     """The fastest of them."""
+
+class _Machine(TypedDict):
+    cpu_name: str  # "" where the system does not say
+    flags: list[str]
+    physical_cores: int  # among the CPUs this process may run on
+    affinity: int  # logical CPUs this process may run on
+
+class _Memory(TypedDict):
+    packed_weights: int  # bytes; weights that are used where they lie in the file do not count
+    kv_cache: int  # bytes of address space; memory is taken as blocks are first used
+    scratch: int  # likewise
+
+def machine() -> _Machine:
+    """The processor, as the system describes it."""
+
+class Weight:
+    """A weight matrix, ready for the kernels.
+
+    Float types whose rows stand in order are used where they are: `data` is kept alive. The others
+    are repacked into memory of their own.
+    """
+
+    def __init__(
+        self,
+        type: str,
+        rows: int,
+        columns: int,
+        data: _Bytes,
+        interleaved_head_dim: int = 0,
+        threads: int = 1,
+        drop_source: bool = False,
+    ) -> None:
+        """`data` [rows * row bytes], as in the file; `threads` share the packing.
+
+        drop_source: `data` is a read-only view of a mapped file; its pages are given back as they
+        are packed (and would be read again if touched). Memory that is no file's is left alone.
+        ValueError where `data` does not fit the shape, or blocks do not fill the columns.
+        """
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Memory of its own: 0 for a weight that is used where it lies."""
+
+class Runner:
+    """A linked program with its KV cache and its threads; runs one step at a time.
+
+    A second call while a step runs, and any call in a forked child, is a RuntimeError.
+    """
+
+    def __init__(
+        self,
+        operations: list[dict[str, object]],
+        weights: dict[str, Weight | _Floats],
+        buffers: dict[str, int],
+        *,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        num_hidden_layers: int,
+        vocab_size: int,
+        inverse_frequencies: _Floats,
+        attention_factor: float,
+        kv_blocks: int,
+        max_step_tokens: int = 256,
+        threads: int,
+        isa: str,
+    ) -> None:
+        """Links the listing of a `Program`; inverse_frequencies [head_dim / 2].
+
+        ValueError naming the operation and the field, buffer or weight that does not fit;
+        MemoryError where the system refuses the cache.
+        """
+
+    def step(
+        self,
+        tokens: _Int32,
+        positions: _Int32,
+        sequences: _Int32,
+        block_tables: _Int32,
+        logit_rows: _Int32,
+        logits: _Floats,
+        hidden: _Floats | None = None,
+    ) -> None:
+        """Runs tokens [n] at positions [n] of sequences [n], without the GIL.
+
+        A sequence is a row of block_tables [s, m]: the blocks, 32 tokens each, of its KV cache. Its
+        tokens stand in consecutive positions. K and V of all n tokens are stored before any token
+        looks at them; each sees the positions up to its own. Writes logits [r, vocab_size] of the
+        tokens logit_rows [r], and, where given, hidden [r, hidden_size], what the last norm
+        returned for them.
+
+        ValueError naming the array and the index that is out of range, before anything is written.
+        """
+
+    def zero_blocks(self, blocks: _Int32) -> None:
+        """Wipes blocks of the KV cache."""
+
+    def release_blocks(self, blocks: _Int32) -> None:
+        """Wipes blocks of the KV cache and gives their memory back to the system."""
+
+    def set_threads(self, threads: int) -> None:
+        """From now on computes with so many threads; results stay the same, bit for bit."""
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block of the KV cache: 32 tokens in all layers."""
+
+    @property
+    def memory(self) -> _Memory:
+        """Bytes that the runner and its weights hold, by purpose."""
 
 class kernels:
     """The submodule of single kernels, for tests and benchmarks.

@@ -1,0 +1,220 @@
+// Weight and Runner as Python sees them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "python_arrays.h"
+#include "runner.h"
+#include "weight.h"
+
+namespace nb = nanobind;
+
+namespace smolrun {
+namespace {
+
+WeightType weight_type_of(const std::string& name) {
+    for (int i = 0; i < kWeightTypes; ++i) {
+        if (name == kBlockLayouts[i].name) return static_cast<WeightType>(i);
+    }
+    throw std::invalid_argument("type: '" + name + "' is not a weight type");
+}
+
+// A Weight that keeps the array it borrows from.
+class PythonWeight {
+  public:
+    PythonWeight(const std::string& type, int64_t rows, int64_t columns, nb::handle data,
+                 int64_t interleaved_head_dim, int threads, bool drop_source)
+        : source_(std::in_place, data, "data", Element::uint8, 1) {
+        if (drop_source && !source_->readonly()) {
+            throw std::invalid_argument("data: drop_source needs a read-only view of a file");
+        }
+        const FileRows source{weight_type_of(type), rows, columns, source_->data<std::byte>(),
+                              interleaved_head_dim};
+        const int64_t bytes = source_->bytes();
+        {
+            const GilReleased released;
+            weight_.emplace(source, bytes, threads, drop_source);
+        }
+        if (!weight_->borrows()) source_.reset();
+    }
+
+    const Weight& weight() const { return *weight_; }
+
+  private:
+    std::optional<Array> source_;
+    std::optional<Weight> weight_;
+};
+
+OperationSpec::Value field_value(const std::string& name, nb::handle value) {
+    if (value.is_none()) return std::monostate{};
+    if (PyBool_Check(value.ptr())) return nb::cast<bool>(value);
+    if (nb::isinstance<nb::int_>(value)) return nb::cast<int64_t>(value);
+    if (nb::isinstance<nb::float_>(value)) return nb::cast<double>(value);
+    if (nb::isinstance<nb::str>(value)) return nb::cast<std::string>(value);
+    throw nb::type_error(
+        ("operations: field '" + name + "' must be a str, int, float, bool or None").c_str());
+}
+
+std::vector<OperationSpec> read_operations(const nb::list& operations) {
+    std::vector<OperationSpec> specs;
+    for (const nb::handle operation : operations) {
+        OperationSpec spec;
+        for (const auto& [key, value] : nb::cast<nb::dict>(operation)) {
+            const std::string name = nb::cast<std::string>(key);
+            if (name == "kind") {
+                spec.kind = nb::cast<std::string>(value);
+            } else {
+                spec.fields[name] = field_value(name, value);
+            }
+        }
+        specs.push_back(std::move(spec));
+    }
+    return specs;
+}
+
+std::vector<float> read_vector(nb::handle object, const char* name) {
+    const Array array(object, name, Element::float32, 1);
+    return {array.data<float>(), array.data<float>() + array.size(0)};
+}
+
+// A Runner that keeps the weights it computes with.
+class PythonRunner {
+  public:
+    PythonRunner(const nb::list& operations, const nb::dict& weights, const nb::dict& buffers,
+                 int64_t num_attention_heads, int64_t num_key_value_heads, int64_t head_dim,
+                 int64_t num_hidden_layers, int64_t vocab_size, nb::handle inverse_frequencies,
+                 double attention_factor, int64_t kv_blocks, int64_t max_step_tokens, int threads,
+                 const std::string& isa) {
+        ProgramSpec spec;
+        spec.operations = read_operations(operations);
+        for (const auto& [key, value] : weights) {
+            const std::string name = nb::cast<std::string>(key);
+            if (nb::isinstance<PythonWeight>(value)) {
+                spec.matrices[name] = &nb::cast<const PythonWeight&>(value).weight();
+                weights_.push_back(nb::borrow(value));
+            } else {
+                spec.vectors[name] = read_vector(value, name.c_str());
+            }
+        }
+        for (const auto& [key, value] : buffers) {
+            spec.buffers[nb::cast<std::string>(key)] = nb::cast<int64_t>(value);
+        }
+        spec.inverse_frequencies = read_vector(inverse_frequencies, "inverse_frequencies");
+        spec.attention_factor = static_cast<float>(attention_factor);
+        spec.dimensions = {num_attention_heads, num_key_value_heads, head_dim, num_hidden_layers,
+                           vocab_size,          max_step_tokens,     threads};
+        spec.isa = isa;
+        runner_.emplace(std::move(spec), kv_blocks);
+    }
+
+    void step(nb::handle tokens, nb::handle positions, nb::handle sequences,
+              nb::handle block_tables, nb::handle logit_rows, nb::handle logits,
+              nb::handle hidden) {
+        const Array token_ids(tokens, "tokens", Element::int32, 1);
+        const Array position_array(positions, "positions", Element::int32, 1);
+        const Array sequence_array(sequences, "sequences", Element::int32, 1);
+        const Array tables(block_tables, "block_tables", Element::int32, 2);
+        const Array rows(logit_rows, "logit_rows", Element::int32, 1);
+        const Array logit_array(logits, "logits", Element::float32, 2, true);
+        std::optional<Array> hidden_array;
+        if (!hidden.is_none()) hidden_array.emplace(hidden, "hidden", Element::float32, 2, true);
+
+        const int64_t n = token_ids.size(0);
+        position_array.expect_shape({n});
+        sequence_array.expect_shape({n});
+        const Program& program = runner_->program();
+        logit_array.expect_shape({rows.size(0), program.dimensions().vocab_size});
+        if (hidden_array) hidden_array->expect_shape({rows.size(0), program.hidden_size()});
+
+        const Runner::Use use(*runner_);
+        runner_->prepare({n, token_ids.data<int32_t>(), position_array.data<int32_t>(),
+                          sequence_array.data<int32_t>(), tables.size(0), tables.size(1),
+                          tables.data<int32_t>(), rows.size(0), rows.data<int32_t>(),
+                          logit_array.data<float>(),
+                          hidden_array ? hidden_array->data<float>() : nullptr});
+        const GilReleased released;
+        runner_->run();
+    }
+
+    void zero_blocks(nb::handle blocks) {
+        const Array array(blocks, "blocks", Element::int32, 1);
+        const Runner::Use use(*runner_);
+        runner_->zero_blocks(array.data<int32_t>(), array.size(0));
+    }
+
+    void release_blocks(nb::handle blocks) {
+        const Array array(blocks, "blocks", Element::int32, 1);
+        const Runner::Use use(*runner_);
+        runner_->release_blocks(array.data<int32_t>(), array.size(0));
+    }
+
+    void set_threads(int threads) {
+        const Runner::Use use(*runner_);
+        runner_->set_threads(threads);
+    }
+
+    int threads() const { return runner_->threads(); }
+    std::string isa() const { return runner_->program().kernels().name; }
+    int64_t kv_block_bytes() const { return runner_->kv().block_bytes(); }
+
+    nb::dict memory() const {
+        int64_t packed = 0;
+        for (const nb::object& weight : weights_) {
+            packed += nb::cast<const PythonWeight&>(weight).weight().packed_bytes();
+        }
+        nb::dict result;
+        result["packed_weights"] = packed;
+        result["kv_cache"] = runner_->kv().bytes();
+        result["scratch"] = runner_->program().scratch_bytes();
+        return result;
+    }
+
+  private:
+    std::vector<nb::object> weights_;
+    std::optional<Runner> runner_;
+};
+
+}  // namespace
+
+void bind_runner(nb::module_& module) {
+    nb::class_<PythonWeight>(module, "Weight")
+        .def(nb::init<const std::string&, int64_t, int64_t, nb::handle, int64_t, int, bool>(),
+             nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
+             nb::arg("interleaved_head_dim") = 0, nb::arg("threads") = 1,
+             nb::arg("drop_source") = false)
+        .def_prop_ro("type",
+                     [](const PythonWeight& w) {
+                         return std::string(layout(w.weight().matrix().type).name);
+                     })
+        .def_prop_ro("rows", [](const PythonWeight& w) { return w.weight().matrix().rows; })
+        .def_prop_ro("columns", [](const PythonWeight& w) { return w.weight().matrix().columns; })
+        .def_prop_ro("nbytes", [](const PythonWeight& w) { return w.weight().packed_bytes(); });
+
+    nb::class_<PythonRunner>(module, "Runner")
+        .def(nb::init<const nb::list&, const nb::dict&, const nb::dict&, int64_t, int64_t, int64_t,
+                      int64_t, int64_t, nb::handle, double, int64_t, int64_t, int,
+                      const std::string&>(),
+             nb::arg("operations"), nb::arg("weights"), nb::arg("buffers"), nb::kw_only(),
+             nb::arg("num_attention_heads"), nb::arg("num_key_value_heads"), nb::arg("head_dim"),
+             nb::arg("num_hidden_layers"), nb::arg("vocab_size"), nb::arg("inverse_frequencies"),
+             nb::arg("attention_factor"), nb::arg("kv_blocks"), nb::arg("max_step_tokens") = 256,
+             nb::arg("threads"), nb::arg("isa"))
+        .def("step", &PythonRunner::step, nb::arg("tokens"), nb::arg("positions"),
+             nb::arg("sequences"), nb::arg("block_tables"), nb::arg("logit_rows"),
+             nb::arg("logits"), nb::arg("hidden") = nb::none())
+        .def("zero_blocks", &PythonRunner::zero_blocks, nb::arg("blocks"))
+        .def("release_blocks", &PythonRunner::release_blocks, nb::arg("blocks"))
+        .def("set_threads", &PythonRunner::set_threads, nb::arg("threads"))
+        .def_prop_ro("threads", &PythonRunner::threads)
+        .def_prop_ro("isa", &PythonRunner::isa)
+        .def_prop_ro("kv_block_bytes", &PythonRunner::kv_block_bytes)
+        .def_prop_ro("memory", &PythonRunner::memory);
+}
+
+}  // namespace smolrun

@@ -1,0 +1,142 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+namespace smolrun {
+namespace {
+
+struct Pages {
+    uintptr_t begin;
+    uintptr_t end;  // not above begin where the range holds no whole page
+};
+
+Pages whole_pages(const std::byte* data, size_t bytes) {
+    const uintptr_t page = page_bytes();
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+    return {(first + page - 1) / page * page, (first + bytes) / page * page};
+}
+
+}  // namespace
+
+size_t page_bytes() {
+    static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    return bytes;
+}
+
+int64_t checked_product(int64_t a, int64_t b) {
+    int64_t product = 0;
+    if (__builtin_mul_overflow(a, b, &product) || product < 0) {
+        throw std::length_error("a size does not fit 63 bits");
+    }
+    return product;
+}
+
+AnonymousMemory::AnonymousMemory(size_t bytes) {
+    if (bytes == 0) return;
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+    flags |= MAP_NORESERVE;
+#endif
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<std::byte*>(data);
+    bytes_ = bytes;
+}
+
+AnonymousMemory::~AnonymousMemory() {
+    if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+AnonymousMemory::AnonymousMemory(AnonymousMemory&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+AnonymousMemory& AnonymousMemory::operator=(AnonymousMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+}
+
+void AnonymousMemory::release(size_t offset, size_t bytes) {
+    std::byte* const begin = data_ + offset;
+    std::byte* const end = begin + bytes;
+#ifdef __linux__
+    // Only Linux promises that the dropped pages come back as zeros.
+    const Pages pages = whole_pages(begin, bytes);
+    if (pages.end > pages.begin) {
+        std::byte* const first = begin + (pages.begin - reinterpret_cast<uintptr_t>(begin));
+        std::byte* const last = first + (pages.end - pages.begin);
+        if (madvise(first, pages.end - pages.begin, MADV_DONTNEED) == 0) {
+            std::memset(begin, 0, static_cast<size_t>(first - begin));
+            std::memset(last, 0, static_cast<size_t>(end - last));
+            return;
+        }
+    }
+#endif
+    std::memset(begin, 0, static_cast<size_t>(end - begin));
+}
+
+size_t Layout::reserve(int64_t count, size_t element_bytes) {
+    constexpr size_t kAlignment = 128;  // two lines: x86 fetches them in pairs
+    const int64_t bytes = checked_product(count, static_cast<int64_t>(element_bytes));
+    const size_t offset = bytes_;
+    const size_t end = offset + static_cast<size_t>(bytes);
+    if (end < offset || end > std::numeric_limits<size_t>::max() / 4) {
+        throw std::length_error("the scratch memory does not fit the address space");
+    }
+    bytes_ = (end + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+}
+
+#ifdef __linux__
+
+namespace {
+
+// Whether one mapping of a file covers [begin, end), as /proc/self/maps has it:
+// "begin-end perms offset device inode path", addresses and offset in hexadecimal.
+bool is_file_mapping(uintptr_t begin, uintptr_t end) {
+    std::FILE* maps = std::fopen("/proc/self/maps", "re");
+    if (maps == nullptr) return false;
+    bool found = false;
+    char line[512];
+    bool at_line_start = true;  // long paths come in several pieces
+    while (!found && std::fgets(line, sizeof line, maps) != nullptr) {
+        unsigned long first = 0, last = 0, inode = 0;
+        char permissions[5] = {};
+        if (at_line_start &&
+            std::sscanf(line, "%lx-%lx %4s %*x %*x:%*x %lu", &first, &last, permissions, &inode) ==
+                4 &&
+            first <= begin && end <= last) {
+            const bool writable = permissions[1] == 'w';
+            found = inode != 0 && !writable;
+            break;
+        }
+        at_line_start = std::strchr(line, '\n') != nullptr;
+    }
+    std::fclose(maps);
+    return found;
+}
+
+}  // namespace
+
+bool drop_file_pages(const std::byte* data, size_t bytes) {
+    const Pages pages = whole_pages(data, bytes);
+    if (pages.end <= pages.begin || !is_file_mapping(pages.begin, pages.end)) return false;
+    return madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_DONTNEED) ==
+           0;
+}
+
+#else
+
+bool drop_file_pages(const std::byte*, size_t) { return false; }
+
+#endif
+
+}  // namespace smolrun

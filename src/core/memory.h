@@ -1,0 +1,64 @@
+// Large blocks of memory straight from the operating system: page aligned, zero, and taken only
+// page by page as they are touched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace smolrun {
+
+// Owns one anonymous mapping. std::bad_alloc where the system refuses it.
+class AnonymousMemory {
+  public:
+    AnonymousMemory() = default;
+    explicit AnonymousMemory(size_t bytes);
+    ~AnonymousMemory();
+    AnonymousMemory(AnonymousMemory&& other) noexcept;
+    AnonymousMemory& operator=(AnonymousMemory&& other) noexcept;
+    AnonymousMemory(const AnonymousMemory&) = delete;
+    AnonymousMemory& operator=(const AnonymousMemory&) = delete;
+
+    std::byte* data() const { return data_; }
+    size_t bytes() const { return bytes_; }
+
+    // Makes a range zero, giving its whole pages back to the system.
+    void release(size_t offset, size_t bytes);
+
+  private:
+    std::byte* data_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+// Lays arrays out one after the other in memory that is taken afterwards, in one piece: measure
+// with a null base first, then place with the real one.
+class Layout {
+  public:
+    explicit Layout(std::byte* base) : base_(base) {}
+
+    // An array that starts on its own pair of cache lines, so that threads never share one.
+    template <class T>
+    T* array(int64_t count) {
+        const size_t offset = reserve(count, sizeof(T));
+        return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + offset);
+    }
+
+    size_t bytes() const { return bytes_; }
+
+  private:
+    size_t reserve(int64_t count, size_t element_bytes);
+
+    std::byte* base_;
+    size_t bytes_ = 0;
+};
+
+size_t page_bytes();
+
+// a * b for sizes; std::length_error where the product does not fit.
+int64_t checked_product(int64_t a, int64_t b);
+
+// Lets the system take back the whole pages of a read-only view of a mapped file; they are read
+// again when touched. False, and nothing is done, where the range is not wholly a file's: dropping
+// anonymous memory would lose its content.
+bool drop_file_pages(const std::byte* data, size_t bytes);
+
+}  // namespace smolrun

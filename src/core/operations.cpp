@@ -1,0 +1,317 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace smolrun {
+namespace {
+
+constexpr int64_t kChunksPerThread = 4;
+// A tile of prepared inputs stays in the second-level cache while weights stream past it.
+constexpr int64_t kTileBytes = 384 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// How a product [tokens] x [rows] is cut into chunks. Tiles of tokens come one after the other, so
+// that all threads read the same inputs.
+struct Tiling {
+    int64_t tokens;
+    int64_t rows;
+    int64_t tile_tokens;
+    int64_t chunk_rows;
+    int64_t row_chunks;
+    int64_t chunks;
+
+    struct Part {
+        int64_t token_begin, tokens, row_begin, row_end;
+        int64_t rows() const { return row_end - row_begin; }
+    };
+
+    Part part(int64_t chunk) const {
+        const int64_t token = chunk / row_chunks * tile_tokens;
+        const int64_t row = chunk % row_chunks * chunk_rows;
+        return {token, std::min(tile_tokens, tokens - token), row,
+                std::min(row + chunk_rows, rows)};
+    }
+};
+
+// unit: rows that a chunk is a multiple of; 0 chooses.
+Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int threads) {
+    const int64_t cached = std::max<int64_t>(16, kTileBytes / (columns * 2) / 16 * 16);
+    Tiling t{};
+    t.tokens = tokens;
+    t.rows = rows;
+    t.tile_tokens = std::min(tokens, cached);
+    if (unit > 0) {
+        t.chunk_rows = unit;
+        t.tile_tokens = std::min(t.tile_tokens, std::max<int64_t>(1, kProductFloats / unit));
+    } else {
+        const int64_t most = kProductFloats / t.tile_tokens / kGroupRows * kGroupRows;
+        const int64_t fair = round_up(ceil_div(rows, threads * kChunksPerThread), kGroupRows);
+        t.chunk_rows = std::clamp(fair, kGroupRows, std::max(kGroupRows, most));
+    }
+    t.row_chunks = ceil_div(rows, t.chunk_rows);
+    t.chunks = ceil_div(tokens, t.tile_tokens) * t.row_chunks;
+    return t;
+}
+
+// Tokens that are prepared at a time.
+int64_t token_chunk(int64_t tokens, int threads) {
+    return std::clamp<int64_t>(tokens / (threads * kChunksPerThread), 1, 8);
+}
+
+void prepare_input(const LinkedInput& input, const StepContext& step, int64_t source_token,
+                   int64_t token, const InputScratch& scratch) {
+    const int64_t columns = input.buffer.width;
+    const float* values = input.buffer.data + source_token * columns;
+    if (input.norm != nullptr) {
+        float* const normalized = scratch.values + token * columns;
+        step.kernels.rms_norm(values, input.norm, columns, input.epsilon, normalized);
+        values = normalized;
+    }
+    if (input.quantize) {
+        step.kernels.quantize(values, columns, scratch.codes + token * columns,
+                              scratch.scales + token * (columns / 32),
+                              scratch.sums + token * (columns / 16));
+    }
+}
+
+// Prepared inputs from one token on.
+Activations view(const LinkedInput& input, const InputScratch& scratch, const float* values,
+                 int64_t token) {
+    const int64_t columns = input.buffer.width;
+    return {columns, values + token * columns, scratch.codes + token * columns,
+            scratch.scales + token * (columns / 32), scratch.sums + token * (columns / 16)};
+}
+
+// A phase of products over the prepared inputs of `tokens` tokens:
+// work(chunk, inputs(first token)). `source_token(i)` is where token i stands in the input buffer.
+//
+// The input of a single token is prepared by every thread for itself: less work than waiting for
+// one that does it.
+template <class SourceToken, class Work>
+void product_phase(const LinkedInput& input, const StepContext& step, Worker& worker,
+                   int64_t tokens, int64_t chunks, SourceToken&& source_token, Work&& work) {
+    const bool alone = tokens == 1;
+    const InputScratch& scratch =
+        alone ? step.scratch.threads[static_cast<size_t>(worker.index())].input
+              : step.scratch.input;
+    const float* const values = input.norm != nullptr ? scratch.values : input.buffer.data;
+    const auto multiply = [&](int64_t chunk) {
+        work(chunk, [&](int64_t token) { return view(input, scratch, values, token); });
+    };
+    if (alone) {
+        worker.phase(
+            chunks, [&] { prepare_input(input, step, source_token(0), 0, scratch); }, multiply);
+        return;
+    }
+    if (input.norm != nullptr || input.quantize) {
+        const int64_t group = token_chunk(tokens, worker.threads());
+        worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
+            const int64_t end = std::min(tokens, (chunk + 1) * group);
+            for (int64_t token = chunk * group; token < end; ++token) {
+                prepare_input(input, step, source_token(token), token, scratch);
+            }
+        });
+    }
+    worker.phase(chunks, multiply);
+}
+
+constexpr auto kSameToken = [](int64_t token) { return token; };
+
+const ThreadScratch& own(const StepContext& step, const Worker& worker) {
+    return step.scratch.threads[static_cast<size_t>(worker.index())];
+}
+
+// One part of a product, with its bias: out[token][row - row_begin].
+void multiply(const LinkedMatrix& matrix, const StepContext& step, const ThreadScratch& scratch,
+              const Activations& inputs, const Tiling::Part& part, float* out, int64_t stride) {
+    matrix.multiply(matrix.weights, inputs, part.tokens, part.row_begin, part.row_end, out, stride,
+                    scratch.linear);
+    if (matrix.bias == nullptr) return;
+    for (int64_t token = 0; token < part.tokens; ++token) {
+        step.kernels.add(matrix.bias + part.row_begin, part.rows(), out + token * stride);
+    }
+}
+
+void run(const Embed& op, const StepContext& step, Worker& worker) {
+    const int64_t tokens = step.arrays.tokens;
+    const int64_t group = token_chunk(tokens, worker.threads());
+    worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
+        const int64_t end = std::min(tokens, (chunk + 1) * group);
+        for (int64_t token = chunk * group; token < end; ++token) {
+            op.dequantize(op.weights, step.arrays.token_ids[token],
+                          op.out.data + token * op.out.width);
+        }
+    });
+}
+
+void rotate(const StepContext& step, int64_t token, float* heads, int64_t head_count) {
+    const int64_t half = step.dimensions.head_dim / 2;
+    step.kernels.rope(heads, head_count, step.dimensions.head_dim,
+                      step.scratch.cosine + token * half, step.scratch.sine + token * half);
+}
+
+// Rotates and stores the K and V of some tokens and heads: k, v [tokens][part.rows].
+void store(const NormQkv& op, const StepContext& step, const Tiling::Part& part, float* k,
+           float* v) {
+    const int64_t head_dim = step.dimensions.head_dim;
+    const int64_t first_head = part.row_begin / head_dim;
+    const int64_t heads = part.rows() / head_dim;
+    for (int64_t i = 0; i < part.tokens; ++i) {
+        const int64_t token = part.token_begin + i;
+        const int64_t position = step.arrays.positions[token];
+        const int64_t block =
+            step.arrays.block_tables[static_cast<size_t>(token)][position / kBlockTokens];
+        uint16_t* const stored = step.kv.data() + block * step.kv.block_stride();
+        float* const token_k = k + i * part.rows();
+        const float* const token_v = v + i * part.rows();
+        if (op.rope) rotate(step, token, token_k, heads);
+        for (int64_t head = 0; head < heads; ++head) {
+            step.kernels.store_kv(token_k + head * head_dim, token_v + head * head_dim, head_dim,
+                                  position % kBlockTokens,
+                                  stored + step.kv.k_offset(op.layer, first_head + head),
+                                  stored + step.kv.v_offset(op.layer, first_head + head));
+        }
+    }
+}
+
+// A chunk is whole heads, so that they are rotated and stored while they are still in the cache.
+void run(const NormQkv& op, const StepContext& step, Worker& worker) {
+    const int64_t tokens = step.arrays.tokens;
+    const int64_t columns = op.input.buffer.width;
+    const int64_t unit = step.dimensions.head_rows();
+    const Tiling q_tiling = tile(tokens, op.q.weights.rows, columns, unit, worker.threads());
+    const Tiling kv_tiling = tile(tokens, op.k.weights.rows, columns, unit, worker.threads());
+    const int64_t head_dim = step.dimensions.head_dim;
+
+    // K and V first: their chunks are the longer ones.
+    product_phase(
+        op.input, step, worker, tokens, kv_tiling.chunks + q_tiling.chunks, kSameToken,
+        [&](int64_t chunk, auto&& inputs) {
+            const ThreadScratch& scratch = own(step, worker);
+            if (chunk < kv_tiling.chunks) {
+                const Tiling::Part part = kv_tiling.part(chunk);
+                float* const k = scratch.products;
+                float* const v = scratch.products + kProductFloats;
+                const Activations x = inputs(part.token_begin);
+                multiply(op.k, step, scratch, x, part, k, part.rows());
+                multiply(op.v, step, scratch, x, part, v, part.rows());
+                store(op, step, part, k, v);
+                return;
+            }
+            const Tiling::Part part = q_tiling.part(chunk - kv_tiling.chunks);
+            float* const q = op.out.data + part.token_begin * op.out.width + part.row_begin;
+            multiply(op.q, step, scratch, inputs(part.token_begin), part, q, op.out.width);
+            for (int64_t i = 0; op.rope && i < part.tokens; ++i) {
+                rotate(step, part.token_begin + i, q + i * op.out.width, part.rows() / head_dim);
+            }
+        });
+}
+
+void run(const Attention& op, const StepContext& step, Worker& worker) {
+    const Dimensions& d = step.dimensions;
+    // Query heads that share a KV head read it once. With few tokens there are too few KV heads to
+    // go round, and each query head is a chunk by itself.
+    const int64_t tokens = step.arrays.tokens;
+    const bool shared = tokens * d.num_key_value_heads >= worker.threads() * kChunksPerThread ||
+                        d.num_key_value_heads % worker.threads() == 0;
+    const int64_t group = shared ? d.group() : 1;
+    const int64_t groups = d.num_attention_heads / group;
+    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d.head_dim)));
+
+    worker.phase(tokens * groups, [&](int64_t chunk) {
+        // The last token looks back furthest: the longest chunks first.
+        const int64_t token = tokens - 1 - chunk / groups;
+        const int64_t head = chunk % groups * group;
+        const int64_t kv_head = head / d.group();
+        AttentionTask task{};
+        task.q = op.input.data + token * op.input.width + head * d.head_dim;
+        task.out = op.out.data + token * op.out.width + head * d.head_dim;
+        task.group = group;
+        task.head_dim = d.head_dim;
+        task.length = int64_t{step.arrays.positions[token]} + 1;
+        task.scale = scale;
+        task.pool = step.kv.data();
+        task.block_table = step.arrays.block_tables[static_cast<size_t>(token)];
+        task.block_stride = step.kv.block_stride();
+        task.k_offset = step.kv.k_offset(op.layer, kv_head);
+        task.v_offset = step.kv.v_offset(op.layer, kv_head);
+        task.scratch = own(step, worker).attention;
+        step.kernels.attention(task);
+    });
+}
+
+void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
+    const int64_t tokens = step.arrays.tokens;
+    const Tiling tiling =
+        tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, worker.threads());
+    product_phase(op.input, step, worker, tokens, tiling.chunks, kSameToken,
+                  [&](int64_t chunk, auto&& inputs) {
+                      const ThreadScratch& scratch = own(step, worker);
+                      const Tiling::Part part = tiling.part(chunk);
+                      multiply(op.matrix, step, scratch, inputs(part.token_begin), part,
+                               scratch.products, part.rows());
+                      for (int64_t i = 0; i < part.tokens; ++i) {
+                          step.kernels.add(
+                              scratch.products + i * part.rows(), part.rows(),
+                              op.out.data + (part.token_begin + i) * op.out.width + part.row_begin);
+                      }
+                  });
+}
+
+void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
+    const int64_t tokens = step.arrays.tokens;
+    const Tiling tiling =
+        tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, worker.threads());
+    product_phase(op.input, step, worker, tokens, tiling.chunks, kSameToken,
+                  [&](int64_t chunk, auto&& inputs) {
+                      const ThreadScratch& scratch = own(step, worker);
+                      const Tiling::Part part = tiling.part(chunk);
+                      float* const gate = scratch.products;
+                      float* const up = scratch.products + kProductFloats;
+                      const Activations x = inputs(part.token_begin);
+                      multiply(op.gate, step, scratch, x, part, gate, part.rows());
+                      multiply(op.up, step, scratch, x, part, up, part.rows());
+                      for (int64_t i = 0; i < part.tokens; ++i) {
+                          step.kernels.swiglu(
+                              gate + i * part.rows(), up + i * part.rows(), part.rows(),
+                              op.out.data + (part.token_begin + i) * op.out.width + part.row_begin);
+                      }
+                  });
+}
+
+void run(const NormLogits& op, const StepContext& step, Worker& worker) {
+    const StepArrays& arrays = step.arrays;
+    const int64_t rows = arrays.logit_row_count;
+    if (rows == 0) return;
+    const int64_t columns = op.input.buffer.width;
+    const int64_t vocab_size = op.matrix.weights.rows;
+    const Tiling tiling = tile(rows, vocab_size, columns, 0, worker.threads());
+    const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
+    product_phase(op.input, step, worker, rows, tiling.chunks, source_token,
+                  [&](int64_t chunk, auto&& inputs) {
+                      const Tiling::Part part = tiling.part(chunk);
+                      const Activations x = inputs(part.token_begin);
+                      multiply(op.matrix, step, own(step, worker), x, part,
+                               arrays.logits + part.token_begin * vocab_size + part.row_begin,
+                               vocab_size);
+                      if (arrays.hidden != nullptr && part.row_begin == 0) {
+                          std::memcpy(arrays.hidden + part.token_begin * columns, x.values,
+                                      static_cast<size_t>(part.tokens * columns) * sizeof(float));
+                      }
+                  });
+}
+
+}  // namespace
+
+int64_t Dimensions::head_rows() const { return std::lcm(head_dim, kGroupRows); }
+
+void run_operation(const Operation& operation, const StepContext& step, Worker& worker) {
+    std::visit([&](const auto& op) { run(op, step, worker); }, operation);
+}
+
+}  // namespace smolrun

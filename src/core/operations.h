@@ -1,0 +1,144 @@
+// The operations of a program after linking, and how a team of threads carries them out.
+//
+// Linking leaves nothing to look up: an operation holds pointers to its buffers and weights and
+// the kernel of its weight type. Work is split over output rows (in sixteens), heads and tokens,
+// never over a sum, so that no result depends on how it was split.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "kernels.h"
+#include "kv.h"
+#include "threads.h"
+
+namespace smolrun {
+
+// Sizes that all operations share.
+struct Dimensions {
+    int64_t num_attention_heads;
+    int64_t num_key_value_heads;
+    int64_t head_dim;
+    int64_t num_hidden_layers;
+    int64_t vocab_size;
+    int64_t max_step_tokens;
+    int threads;
+
+    int64_t group() const { return num_attention_heads / num_key_value_heads; }
+    int64_t head_rows() const;  // rows of whole heads that are a multiple of 16
+};
+
+// A buffer of activations between operations.
+struct Buffer {
+    float* data;    // [max_step_tokens][width]
+    int64_t width;  // floats a token
+};
+
+// A weight matrix with the kernel for its type.
+struct LinkedMatrix {
+    Matrix weights;
+    Kernels::Linear multiply;
+    const float* bias;  // [rows], or null
+};
+
+// The input of a product: a buffer, normalized first where `norm` is set.
+struct LinkedInput {
+    Buffer buffer;
+    const float* norm;  // [width], or null
+    float epsilon;
+    bool quantize;  // some weight that reads it is quantized
+};
+
+struct Embed {
+    Matrix weights;
+    Kernels::Dequantize dequantize;
+    Buffer out;
+};
+
+struct NormQkv {
+    LinkedInput input;
+    LinkedMatrix q;
+    LinkedMatrix k;
+    LinkedMatrix v;
+    bool rope;
+    int64_t layer;
+    Buffer out;  // q, rotated
+};
+
+struct Attention {
+    Buffer input;
+    int64_t layer;
+    Buffer out;
+};
+
+struct LinearAdd {
+    LinkedInput input;
+    LinkedMatrix matrix;
+    Buffer out;
+};
+
+struct NormSwiglu {
+    LinkedInput input;
+    LinkedMatrix gate;
+    LinkedMatrix up;
+    Buffer out;
+};
+
+struct NormLogits {
+    LinkedInput input;
+    LinkedMatrix matrix;
+};
+
+using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu, NormLogits>;
+
+// Inputs of a product, prepared: room for some tokens.
+struct InputScratch {
+    float* values;   // [tokens][columns]
+    int16_t* codes;  // [tokens][columns]
+    float* scales;   // [tokens][columns / 32]
+    int32_t* sums;   // [tokens][columns / 16]
+};
+
+// What one thread needs for itself.
+struct ThreadScratch {
+    InputScratch input;  // of one token
+    float* products;     // [kProductFloats * 2]
+    float* attention;    // [group][32 + head_dim]
+    std::byte* linear;   // kLinearScratch bytes
+};
+
+// Room for the products of a chunk: a tile of tokens times a chunk of rows.
+inline constexpr int64_t kProductFloats = 32 * 1024;
+
+struct Scratch {
+    InputScratch input;  // of max_step_tokens tokens
+    float* cosine;       // [max_step_tokens][head_dim / 2]
+    float* sine;         // [max_step_tokens][head_dim / 2]
+    std::vector<ThreadScratch> threads;
+};
+
+// A step's arrays, checked. Nothing here is written but logits and hidden.
+struct StepArrays {
+    int64_t tokens;                            // how many
+    const int32_t* token_ids;                  // [tokens]
+    const int32_t* positions;                  // [tokens]
+    std::vector<const int32_t*> block_tables;  // [tokens], the table of each token's sequence
+    int64_t logit_row_count;
+    const int32_t* logit_rows;  // [logit_row_count]
+    float* logits;              // [logit_row_count][vocab_size]
+    float* hidden;              // [logit_row_count][hidden_size], or null: after the last norm
+};
+
+// Everything an operation sees while it runs.
+struct StepContext {
+    const Dimensions& dimensions;
+    const Kernels& kernels;
+    const Scratch& scratch;
+    const KvPool& kv;
+    const StepArrays& arrays;
+};
+
+void run_operation(const Operation& operation, const StepContext& step, Worker& worker);
+
+}  // namespace smolrun

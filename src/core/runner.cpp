@@ -1,0 +1,204 @@
+#include "runner.h"
+
+#include <algorithm>
+#include <cfenv>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace smolrun {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+std::string item(const char* array, int64_t index, int64_t value) {
+    return std::string(array) + "[" + std::to_string(index) + "] is " + std::to_string(value);
+}
+
+void check_index(const char* array, int64_t index, int64_t value, int64_t limit,
+                 const char* limit_name) {
+    if (value >= 0 && value < limit) return;
+    fail(item(array, index, value) + "; expected 0 to " + std::to_string(limit - 1) + ", below " +
+         limit_name);
+}
+
+// Rounding mode and treatment of subnormal numbers as a thread starts with them: another library
+// may have changed those of the calling thread, and results must not depend on who computes them.
+class DefaultFloatingPoint {
+  public:
+    DefaultFloatingPoint() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatingPoint() { std::fesetenv(&before_); }
+    DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+    DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+  private:
+    std::fenv_t before_;
+};
+
+}  // namespace
+
+Runner::Runner(ProgramSpec spec, int64_t kv_blocks)
+    : program_(std::move(spec)),
+      kv_((kv_blocks < 1 || kv_blocks > std::numeric_limits<int32_t>::max())
+              ? throw std::invalid_argument("kv_blocks is " + std::to_string(kv_blocks) +
+                                            "; expected 1 to 2147483647")
+              : kv_blocks,
+          program_.dimensions().num_hidden_layers, program_.dimensions().num_key_value_heads,
+          program_.dimensions().head_dim) {
+    team_.emplace(program_.dimensions().threads);
+}
+
+Runner::Use::Use(Runner& runner) : runner_(runner) {
+    if (!runner.team_->alive()) {
+        throw std::runtime_error(
+            "this Runner belongs to the process that this one was forked from, and its threads "
+            "stayed there; load the model after the fork");
+    }
+    if (runner.busy_.exchange(true, std::memory_order_acquire)) {
+        throw std::runtime_error("a step of this Runner is under way; it runs one at a time");
+    }
+}
+
+void Runner::prepare(const StepRequest& request) {
+    const int64_t n = request.tokens;
+    const int64_t most = program_.dimensions().max_step_tokens;
+    if (n < 1 || n > most) {
+        fail("tokens has " + std::to_string(n) + " values; a step takes 1 to " +
+             std::to_string(most));
+    }
+    token_ids_.assign(request.token_ids, request.token_ids + n);
+    positions_.assign(request.positions, request.positions + n);
+    logit_rows_.assign(request.logit_rows, request.logit_rows + request.logit_row_count);
+    StepRequest copied = request;
+    copied.token_ids = token_ids_.data();
+    copied.positions = positions_.data();
+    copied.logit_rows = logit_rows_.data();
+    std::vector<int32_t> sequences(request.sequences, request.sequences + n);
+    copied.sequences = sequences.data();
+
+    check_logit_rows(copied);
+    last_positions_.assign(static_cast<size_t>(request.sequence_count), -1);
+    check_tokens(copied);
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t& last = last_positions_[static_cast<size_t>(sequences[static_cast<size_t>(i)])];
+        const int64_t position = positions_[static_cast<size_t>(i)];
+        if (last >= 0 && position != last + 1) {
+            fail(item("positions", i, position) + "; the token before it in sequence " +
+                 std::to_string(sequences[static_cast<size_t>(i)]) + " is at " +
+                 std::to_string(last));
+        }
+        last = position;
+    }
+    copy_tables(copied);
+
+    arrays_.tokens = n;
+    arrays_.token_ids = token_ids_.data();
+    arrays_.positions = positions_.data();
+    arrays_.block_tables.clear();
+    for (const int32_t sequence : sequences) {
+        arrays_.block_tables.push_back(tables_.data() +
+                                       table_begins_[static_cast<size_t>(sequence)]);
+    }
+    arrays_.logit_row_count = request.logit_row_count;
+    arrays_.logit_rows = logit_rows_.data();
+    arrays_.logits = request.logits;
+    arrays_.hidden = request.hidden;
+    check_slots(copied);
+}
+
+void Runner::check_tokens(const StepRequest& request) const {
+    const int64_t context = request.blocks_per_sequence * kBlockTokens;
+    for (int64_t i = 0; i < request.tokens; ++i) {
+        check_index("tokens", i, request.token_ids[i], program_.dimensions().vocab_size,
+                    "vocab_size");
+        check_index("sequences", i, request.sequences[i], request.sequence_count,
+                    "the rows of block_tables");
+        check_index("positions", i, request.positions[i], context,
+                    "the tokens that a row of block_tables holds");
+    }
+}
+
+// Copies the entries that the step will read. Others may hold anything.
+void Runner::copy_tables(const StepRequest& request) {
+    tables_.clear();
+    table_begins_.assign(static_cast<size_t>(request.sequence_count), 0);
+    for (int64_t sequence = 0; sequence < request.sequence_count; ++sequence) {
+        table_begins_[static_cast<size_t>(sequence)] = static_cast<int64_t>(tables_.size());
+        const int64_t last = last_positions_[static_cast<size_t>(sequence)];
+        if (last < 0) continue;
+        const int32_t* const row = request.block_tables + sequence * request.blocks_per_sequence;
+        const size_t begin = tables_.size();
+        tables_.insert(tables_.end(), row, row + last / kBlockTokens + 1);
+        for (size_t i = begin; i < tables_.size(); ++i) {
+            const int64_t block = tables_[i];
+            if (block >= 0 && block < kv_.blocks()) continue;
+            fail("block_tables[" + std::to_string(sequence) + ", " + std::to_string(i - begin) +
+                 "] is " + std::to_string(block) + "; expected 0 to " +
+                 std::to_string(kv_.blocks() - 1) + ", below kv_blocks");
+        }
+    }
+}
+
+// Two tokens that wrote the same place would leave there whichever came last.
+void Runner::check_slots(const StepRequest& request) {
+    slots_.clear();
+    for (int64_t i = 0; i < request.tokens; ++i) {
+        const int64_t position = request.positions[i];
+        const int64_t block = arrays_.block_tables[static_cast<size_t>(i)][position / kBlockTokens];
+        slots_.push_back(block * kBlockTokens + position % kBlockTokens);
+    }
+    std::sort(slots_.begin(), slots_.end());
+    const auto twice = std::adjacent_find(slots_.begin(), slots_.end());
+    if (twice == slots_.end()) return;
+    fail("block_tables: two tokens of this step would be stored in slot " +
+         std::to_string(*twice % kBlockTokens) + " of block " +
+         std::to_string(*twice / kBlockTokens));
+}
+
+void Runner::check_logit_rows(const StepRequest& request) const {
+    for (int64_t i = 0; i < request.logit_row_count; ++i) {
+        check_index("logit_rows", i, request.logit_rows[i], request.tokens, "the number of tokens");
+    }
+}
+
+void Runner::run() {
+    const DefaultFloatingPoint floating_point;
+    program_.set_positions(arrays_.positions, arrays_.tokens);
+    const StepContext step{program_.dimensions(), program_.kernels(), program_.scratch(), kv_,
+                           arrays_};
+    team_->run([&](Worker& worker) {
+        for (const Operation& operation : program_.operations()) {
+            run_operation(operation, step, worker);
+        }
+    });
+}
+
+void Runner::check_blocks(const int32_t* blocks, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+        check_index("blocks", i, blocks[i], kv_.blocks(), "kv_blocks");
+    }
+}
+
+void Runner::zero_blocks(const int32_t* blocks, int64_t count) {
+    const std::vector<int32_t> copy(blocks, blocks + count);
+    check_blocks(copy.data(), count);
+    for (const int32_t block : copy) kv_.zero(block);
+}
+
+void Runner::release_blocks(const int32_t* blocks, int64_t count) {
+    const std::vector<int32_t> copy(blocks, blocks + count);
+    check_blocks(copy.data(), count);
+    for (const int32_t block : copy) kv_.release(block);
+}
+
+void Runner::set_threads(int threads) {
+    if (threads == program_.dimensions().threads) return;
+    program_.set_threads(threads);
+    team_.emplace(threads);
+}
+
+}  // namespace smolrun

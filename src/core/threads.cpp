@@ -1,0 +1,192 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <limits>
+#include <utility>
+
+namespace smolrun {
+namespace {
+
+constexpr uint32_t kOpen = uint32_t{1} << 31;
+constexpr uint32_t kFailed = std::numeric_limits<uint32_t>::max();
+constexpr int64_t kNoMoreTickets = std::numeric_limits<int64_t>::max() / 2;
+
+// Some 20 to 50 microseconds: longer than a phase usually keeps anyone waiting, shorter than what
+// anybody would miss. With more threads than cores, spinning only takes time from the others.
+constexpr int kSpins = 1000;
+
+// Thrown to leave a step that has failed on another thread.
+struct StepFailed {};
+
+std::atomic<unsigned> fork_count{0};
+
+void count_forks() {
+    static const bool registered = [] {
+        pthread_atfork(nullptr, nullptr,
+                       [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+        return true;
+    }();
+    (void)registered;
+}
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+// Waits until value is no longer `old`.
+template <class T>
+void await_change(const std::atomic<T>& value, T old, int spins) {
+    for (int i = 0; i < spins; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause();
+    }
+    value.wait(old, std::memory_order_acquire);
+}
+
+// Signals belong to the interpreter's threads: its handlers must not run on ours.
+class SignalsBlocked {
+  public:
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    SignalsBlocked(const SignalsBlocked&) = delete;
+    SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+  private:
+    sigset_t before_;
+};
+
+int spins_for(int threads) {
+    const unsigned cores = std::thread::hardware_concurrency();
+    return cores != 0 && static_cast<unsigned>(threads) > cores ? 1 : kSpins;
+}
+
+}  // namespace
+
+Team::Team(int threads)
+    : threads_(threads < 1 ? 1 : threads),
+      forks_((count_forks(), fork_count.load(std::memory_order_relaxed))),
+      spins_(spins_for(threads_)) {
+    const SignalsBlocked blocked;
+    try {
+        workers_.reserve(static_cast<size_t>(threads_ - 1));
+        for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (...) {
+        stop();
+        throw;
+    }
+}
+
+Team::~Team() { stop(); }
+
+bool Team::alive() const { return forks_ == fork_count.load(std::memory_order_relaxed); }
+
+void Team::stop() {
+    if (!alive()) {
+        // The threads do not exist in this process: joining would wait for ever, and a joinable
+        // std::thread must not be destroyed. So the handles are leaked.
+        new std::vector<std::thread>(std::move(workers_));
+        return;
+    }
+    stopping_.store(true, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+}
+
+void Team::work(int index) {
+    uint32_t seen = 0;
+    while (true) {
+        await_change(epoch_, seen, spins_);
+        seen = epoch_.load(std::memory_order_acquire);
+        if (stopping_.load(std::memory_order_relaxed)) return;
+
+        // A worker that wakes after the step is over finds the gate shut and never looks inside.
+        uint32_t inside = gate_.load(std::memory_order_relaxed);
+        while ((inside & kOpen) != 0 &&
+               !gate_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire,
+                                            std::memory_order_relaxed)) {
+        }
+        if ((inside & kOpen) == 0) continue;
+
+        carry_out(index);
+        if (gate_.fetch_sub(1, std::memory_order_release) == 1) gate_.notify_all();
+    }
+}
+
+void Team::run_step(Entry entry, void* context) {
+    entry_ = entry;
+    context_ = context;
+    error_ = nullptr;
+    ticket_.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    completed_.store(0, std::memory_order_relaxed);
+    if (threads_ > 1) {
+        gate_.store(kOpen, std::memory_order_release);
+        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.notify_all();
+    }
+
+    carry_out(0);
+
+    if (threads_ > 1) {
+        uint32_t inside = gate_.fetch_and(~kOpen, std::memory_order_acquire) & ~kOpen;
+        while (inside != 0) {
+            await_change(gate_, inside, spins_);
+            inside = gate_.load(std::memory_order_acquire);
+        }
+    }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void Team::carry_out(int index) noexcept {
+    Worker worker(*this, index);
+    try {
+        entry_(context_, worker);
+        await_phase(worker.phase_);
+    } catch (const StepFailed&) {
+    } catch (...) {
+        fail(std::current_exception());
+    }
+}
+
+void Team::fail(std::exception_ptr error) noexcept {
+    {
+        const std::lock_guard<std::mutex> lock(error_mutex_);
+        if (!error_) error_ = std::move(error);
+    }
+    ticket_.store(kNoMoreTickets, std::memory_order_relaxed);
+    completed_.store(kFailed, std::memory_order_release);
+    completed_.notify_all();
+}
+
+void Team::await_phase(uint32_t phase) const {
+    uint32_t completed = completed_.load(std::memory_order_acquire);
+    while (completed < phase) {
+        await_change(completed_, completed, spins_);
+        completed = completed_.load(std::memory_order_acquire);
+    }
+    if (completed == kFailed) throw StepFailed();
+}
+
+void Team::finish(uint32_t phase, int64_t chunks, int64_t phase_end) {
+    if (done_.fetch_add(chunks, std::memory_order_acq_rel) + chunks != phase_end) return;
+    uint32_t expected = phase;
+    // Only a failed step has another value here, and that one stays.
+    if (completed_.compare_exchange_strong(expected, phase + 1, std::memory_order_release,
+                                           std::memory_order_relaxed)) {
+        completed_.notify_all();
+    }
+}
+
+}  // namespace smolrun

@@ -1,0 +1,126 @@
+// The threads that carry out a step together.
+//
+// Workers enter once per step and stay until its end. A step is a row of *phases*; each phase is a
+// number of chunks that may run in any order, and a phase starts when the one before it is done.
+// Chunks are handed out by one ticket counter that runs through the whole step, so that a phase is
+// finished by whoever is running: a worker whose core was taken away delays only the chunk it
+// holds, never a barrier it has not reached.
+//
+// Every thread must walk through the same phases with the same chunk counts.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace smolrun {
+
+class Worker;
+
+class Team {
+  public:
+    explicit Team(int threads);  // this thread included, at least 1
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    int threads() const { return threads_; }
+
+    // False in a forked child: the workers stayed in the parent. run() must not be called there.
+    bool alive() const;
+
+    // body(worker) on every thread, this one included. Returns when all phases are done and no
+    // thread is inside any more; rethrows the first exception that a body threw.
+    template <class Body>
+    void run(Body&& body) {
+        run_step(
+            [](void* context, Worker& worker) {
+                (*static_cast<std::remove_reference_t<Body>*>(context))(worker);
+            },
+            &body);
+    }
+
+  private:
+    friend class Worker;
+    using Entry = void (*)(void* context, Worker& worker);
+
+    void run_step(Entry entry, void* context);
+    void work(int index);  // a worker thread's life
+    void stop();
+    void carry_out(int index) noexcept;
+    void fail(std::exception_ptr error) noexcept;
+    void await_phase(uint32_t phase) const;
+    void finish(uint32_t phase, int64_t chunks, int64_t phase_end);
+
+    const int threads_;
+    const unsigned forks_;  // how often this process had been forked from another at the start
+    const int spins_;       // checks of a changed value before sleeping
+    std::vector<std::thread> workers_;
+
+    // The step in progress. Written by the caller of run() while the gate is shut.
+    Entry entry_ = nullptr;
+    void* context_ = nullptr;
+    std::mutex error_mutex_;
+    std::exception_ptr error_;
+
+    // Each on its own cache lines: they are written by different threads at different times.
+    alignas(128) std::atomic<uint32_t> epoch_{0};      // bell: changes when a step starts
+    alignas(128) std::atomic<uint32_t> gate_{0};       // open bit, and how many workers are inside
+    alignas(128) std::atomic<int64_t> ticket_{0};      // next chunk of the step
+    alignas(128) std::atomic<int64_t> done_{0};        // chunks of the step that are finished
+    alignas(128) std::atomic<uint32_t> completed_{0};  // phases of the step that are finished
+    std::atomic<bool> stopping_{false};
+};
+
+// One thread's place in a step.
+class Worker {
+  public:
+    Worker(Team& team, int index) : team_(team), index_(index) {}
+
+    int index() const { return index_; }
+    int threads() const { return team_.threads(); }
+
+    // The next phase: work(chunk) for every chunk in [0, chunks), each by one of the threads.
+    template <class Work>
+    void phase(int64_t chunks, Work&& work) {
+        phase(chunks, [] {}, work);
+    }
+
+    // Likewise; `prepare` runs once on each thread that gets a chunk, before its first.
+    template <class Prepare, class Work>
+    void phase(int64_t chunks, Prepare&& prepare, Work&& work) {
+        if (chunks <= 0) return;
+        if (ticket_ < 0) ticket_ = take();
+        const int64_t end = begin_ + chunks;
+        int64_t finished = 0;
+        while (ticket_ < end) {
+            if (finished == 0) {
+                team_.await_phase(phase_);
+                prepare();
+            }
+            work(ticket_ - begin_);
+            ++finished;
+            ticket_ = take();
+        }
+        if (finished > 0) team_.finish(phase_, finished, end);
+        begin_ = end;
+        ++phase_;
+    }
+
+  private:
+    friend class Team;
+
+    int64_t take() { return team_.ticket_.fetch_add(1, std::memory_order_relaxed); }
+
+    Team& team_;
+    const int index_;
+    int64_t ticket_ = -1;  // the chunk this thread holds; none yet
+    int64_t begin_ = 0;    // ticket of the phase's first chunk
+    uint32_t phase_ = 0;
+};
+
+}  // namespace smolrun
