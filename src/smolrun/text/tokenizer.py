@@ -202,6 +202,11 @@ class Tokenizer:
         found: int | None = self._library.token_to_id(token_text)
         return found
 
+    def added_id_of(self, token_text: str) -> int | None:
+        """Id of the added token with this text: one that is found before text is cut; or None."""
+        token_id = self.id_of(token_text)
+        return token_id if token_id in self._added else None
+
     def is_special(self, token_id: int) -> bool:
         """Whether a token is control: it steers the model and is no part of any text."""
         return token_id in self._special

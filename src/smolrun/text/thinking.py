@@ -1,0 +1,163 @@
+"""Tells a model's reasoning from its answer, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from smolrun.text.messages import THINK_CLOSE, THINK_OPEN
+from smolrun.text.tokenizer import IncrementalDecoder
+
+if TYPE_CHECKING:
+    from smolrun.text.tokenizer import Tokenizer
+
+
+class Piece(NamedTuple):
+    """New text, of the reasoning and of the answer; either may be empty."""
+
+    reasoning: str
+    text: str
+
+
+class ReasoningParser:
+    """Splits a generated stream into reasoning and answer.
+
+    Where `<think>` and `</think>` are tokens (SmolLM3) only these count, never text that spells
+    them. Elsewhere the tags are found in the text, the opening one only at its beginning.
+
+    The parser starts where the prompt leaves off: inside of the reasoning after an open think
+    block, in the answer after a closed one. Otherwise the first thing generated decides. Only what
+    follows the last control token counts, so that blocks of past turns do not matter.
+
+    Line breaks between a tag and the text beside it are dropped.
+
+    Args:
+        tokenizer: of the model.
+        prompt: what the model was given, as token ids or text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> None:
+        self.reasoning_tokens = 0
+        """Tokens of the reasoning so far, those of its tags included."""
+        self._decoder = IncrementalDecoder(tokenizer, skip_special=True)
+        opened, closed = tokenizer.added_id_of(THINK_OPEN), tokenizer.added_id_of(THINK_CLOSE)
+        self._by_id = opened is not None and closed is not None
+        self._open_id, self._close_id = (opened, closed) if self._by_id else (None, None)
+        self._state: Literal["start", "reasoning", "answer"] = "start"
+        self._held = ""
+        self._at_edge = False  # directly after a tag: line breaks are dropped
+        self._start_tokens = 0
+        self._begin(tokenizer, prompt)
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the next token belongs to the reasoning, as far as is known."""
+        return self._state == "reasoning"
+
+    def push(self, token_id: int) -> Piece:
+        """Takes the next token."""
+        before = self._state
+        if token_id == self._open_id:
+            piece = self._switch("reasoning")
+        elif token_id == self._close_id:
+            piece = self._switch("answer")
+        else:
+            piece = self._route(self._decoder.push(token_id))
+        if before == "start":
+            self._start_tokens += 1
+            if self._state == "reasoning":
+                self.reasoning_tokens += self._start_tokens
+        elif "reasoning" in (before, self._state):
+            self.reasoning_tokens += 1
+        return piece
+
+    def flush(self) -> Piece:
+        """What was held back, at the end of the stream."""
+        piece = self._route(self._decoder.flush())
+        held, self._held = self._held, ""
+        if self._state == "reasoning":
+            return Piece(piece.reasoning + held.rstrip("\n"), piece.text)
+        return Piece(piece.reasoning, piece.text + held)
+
+    def _begin(self, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> None:
+        ids = tokenizer.encode(prompt, add_bos=False) if isinstance(prompt, str) else prompt
+        tail: list[int] = []
+        for token_id in reversed(ids):
+            if tokenizer.is_special(token_id):
+                break
+            tail.append(token_id)
+        tail.reverse()
+        if self._by_id:
+            tags = [place for place, i in enumerate(tail) if i in (self._open_id, self._close_id)]
+            if not tags:
+                return
+            is_open = tail[tags[-1]] == self._open_id
+            rest = tokenizer.decode(tail[tags[-1] + 1 :])
+        else:
+            text = tokenizer.decode(tail)
+            opened, closed = text.rfind(THINK_OPEN), text.rfind(THINK_CLOSE)
+            if opened == closed:  # neither is there
+                return
+            is_open = opened > closed
+            rest = (
+                text[opened + len(THINK_OPEN) :] if is_open else text[closed + len(THINK_CLOSE) :]
+            )
+        self._state = "reasoning" if is_open else "answer"
+        self._at_edge = not rest.strip("\n")
+
+    def _switch(self, state: Literal["reasoning", "answer"]) -> Piece:
+        """A tag by id: ends what went before."""
+        piece = self._route(self._decoder.flush())
+        if self._state == state == "answer":
+            return piece  # a close tag with nothing open says nothing
+        # What is held is line breaks before the tag, or the white space before the first one.
+        self._held = ""
+        self._state, self._at_edge = state, True
+        return piece
+
+    def _route(self, text: str) -> Piece:
+        if self._state == "start":
+            text = self._leave_start(text)
+        if self._state == "reasoning":
+            reasoning, rest = self._reason(text)
+            return Piece(reasoning, self._trimmed(rest))
+        return Piece("", self._trimmed(text) if self._state == "answer" else "")
+
+    def _leave_start(self, text: str) -> str:
+        """Holds text until it is clear whether the stream begins with the opening tag."""
+        self._held += text
+        begun = self._held.lstrip()
+        if not begun or (
+            not self._by_id and len(begun) < len(THINK_OPEN) and begun == THINK_OPEN[: len(begun)]
+        ):
+            return ""
+        held, self._held = self._held, ""
+        if not self._by_id and begun.startswith(THINK_OPEN):
+            self._state, self._at_edge = "reasoning", True
+            return begun[len(THINK_OPEN) :]
+        self._state = "answer"
+        return held
+
+    def _reason(self, text: str) -> tuple[str, str]:
+        """Reasoning that is certain, and the answer's text where the close tag has come."""
+        text = self._trimmed(self._held + text)
+        self._held = ""
+        if not self._by_id:
+            before, close, after = text.partition(THINK_CLOSE)
+            if close:
+                self._state, self._at_edge = "answer", True
+                return before.rstrip("\n"), after
+        keep = len(text)
+        if not self._by_id:
+            keep -= next(
+                n for n in range(len(THINK_CLOSE) - 1, -1, -1) if text.endswith(THINK_CLOSE[:n])
+            )
+        keep = len(text[:keep].rstrip("\n"))
+        self._held = text[keep:]
+        return text[:keep], ""
+
+    def _trimmed(self, text: str) -> str:
+        if self._at_edge:
+            text = text.lstrip("\n")
+            self._at_edge = not text
+        return text
