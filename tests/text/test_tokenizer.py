@@ -19,30 +19,6 @@ from .support import BYTE_ALPHABET, byte_tokenizer, gguf_fields, tokenizer
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
 
-@pytest.fixture(scope="session")
-def llama3(shared_data: Path) -> Tokenizer:
-    fields = gguf_fields(shared_data / "vocab-tests/ggml-vocab-llama-bpe.gguf")
-    return tokenizer(128256, **fields)
-
-
-@pytest.fixture(scope="session")
-def starcoder(shared_data: Path) -> Tokenizer:
-    """StarCoder 2's vocabulary: its text is cut as SmolLM2's."""
-    fields = gguf_fields(shared_data / "vocab-tests/ggml-vocab-starcoder.gguf")
-    return tokenizer(49152, **{**fields, "pre_tokenizer": "smollm"})
-
-
-@pytest.fixture(scope="session")
-def tiny_json(shared_data: Path) -> Tokenizer:
-    content = (shared_data / "tiny-smollm3/tokenizer.json").read_bytes()
-    return tokenizer(2304, json=content, eos_token_id=2051, origin="tokenizer.json")
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(shared_data: Path) -> Tokenizer:
-    return tokenizer(2304, **gguf_fields(shared_data / "tiny-smollm3/tiny-smollm3-Q8_0.gguf"))
-
-
 def golden_cases(shared_data: Path, name: str) -> list[tuple[str, list[int]]]:
     stem = shared_data / f"vocab-tests/ggml-vocab-{name}.gguf"
     texts = Path(f"{stem}.inp").read_bytes().decode().split(SEPARATOR)
@@ -148,6 +124,18 @@ def test_markup_tokens_are_never_hidden_even_if_a_file_calls_them_control() -> N
     found = byte_tokenizer(control=["<|im_end|>", "<think>"])
     ids = found.encode("<think>a<|im_end|>")
     assert found.decode(ids, skip_special=True) == "<think>a"
+
+
+def test_markup_of_a_tokenizer_json_is_parsed_even_if_called_special() -> None:
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": 2 + place, "content": token, "special": True, **special}
+        for place, token in enumerate(["<think>", "<|im_end|>"])
+    ]
+    found = tokenizer(4, json=_json_with(added_tokens=added))
+    assert found.encode("a<think>b<|im_end|>") == [0, 2, 1, 3]
+    assert found.encode("a<think>b<|im_end|>", parse_special=False) == [0, 2, 1]
+    assert found.control_tokens == ("<|im_end|>",)
 
 
 def test_no_token_is_put_in_front_unless_the_file_says_so() -> None:

@@ -237,7 +237,7 @@ class Tokenizer:
                 value = getattr(self._library, part)
                 if value is not None:
                     setattr(plain, part, value)
-            plain.add_tokens([self._added[token_id] for token_id in sorted(self._added)])
+            plain.add_tokens([_as_markup(self._added[i]) for i in sorted(self._added)])
             plain.encode_special_tokens = True
             if plain.get_added_tokens_decoder().keys() != self._added.keys():
                 raise ModelFormatError(
@@ -345,8 +345,8 @@ def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
     return library
 
 
-def _merge_pairs(merges: Sequence[str], origin: str) -> list[tuple[str, ...]]:
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+def _merge_pairs(merges: Sequence[str], origin: str) -> list[Any]:
+    pairs: list[tuple[str, ...]] = [tuple(merge.split(" ")) for merge in merges]
     for index, pair in enumerate(pairs):
         if len(pair) != 2:
             # The left part may itself begin with a space, so the cut is sought from index 1.
@@ -370,6 +370,21 @@ def _first_duplicate(tokens: Sequence[str]) -> str:
             )
         seen[token] = token_id
     return "tokenizer.ggml.tokens repeats a token"
+
+
+def _as_markup(token: Any) -> Any:
+    """An added token; as no control token if it is markup, whatever the file calls it."""
+    from tokenizers import AddedToken
+
+    if not token.special or token.content not in MARKUP_TOKENS:
+        return token
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+    )
 
 
 def _known_id(token_id: int | None, name: str, vocab_size: int, origin: str) -> int | None:
