@@ -55,6 +55,8 @@ GilReleased::~GilReleased() {
 
 NB_MODULE(_core, module) {
     using namespace smolrun;
+    // What is still alive at exit, in a daemon thread say, is no concern of the user's.
+    nb::set_leak_warnings(false);
     module.def("isas", &isas);
     module.def("default_isa", [] { return isas().back(); });
     module.def("machine", &machine);

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <cfenv>
 #include <limits>
 #include <utility>
 
@@ -105,6 +106,8 @@ void Team::stop() {
 }
 
 void Team::work(int index) {
+    // A thread inherits how its maker rounds, which some other library may have changed.
+    std::fesetenv(FE_DFL_ENV);
     uint32_t seen = 0;
     while (true) {
         await_change(epoch_, seen, spins_);
