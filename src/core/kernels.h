@@ -32,7 +32,8 @@
 //     IQ4_XS        127         134e6                  4.3e9: does NOT fit
 //
 // Products of float weights: a fixed order of summation per row length, the same for one token and
-// for many.
+// for many. They take any number of columns, and weights at any address, as a file may have them;
+// packed weights start at a multiple of 64 bytes. Vectors are aligned for their element, no more.
 //
 // A value that is not finite must reach the output as one. Only a slot of the KV cache at or past
 // `length` is never looked at.

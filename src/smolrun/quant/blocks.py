@@ -67,8 +67,9 @@ def source_rows(rows: int, interleaved_head_dim: int) -> npt.NDArray[np.intp]:
     if interleaved_head_dim <= 0 or interleaved_head_dim % 2 or rows % interleaved_head_dim:
         raise ValueError(f"{rows} rows are not whole heads of {interleaved_head_dim} (even) rows")
     half = interleaved_head_dim // 2
-    order = np.arange(rows, dtype=np.intp).reshape(-1, half, 2)
-    return order.swapaxes(1, 2).reshape(-1)
+    stored = np.arange(rows, dtype=np.intp).reshape(-1, half, 2)
+    order: npt.NDArray[np.intp] = stored.swapaxes(1, 2).reshape(-1)
+    return order
 
 
 def _float16(blocks: Bytes, offset: int) -> Floats:
@@ -116,13 +117,15 @@ def _two_bit_codes(data: Bytes) -> Bytes:
     """
     halves = data.reshape(-1, 2, 1, 32)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
-    return (halves >> shifts & 3).reshape(-1, 256)
+    codes: Bytes = halves >> shifts & np.uint8(3)
+    return codes.reshape(-1, 256)
 
 
 def _bit_planes(data: Bytes) -> Bytes:
     """32 bytes of each block -> [blocks, 256]: bit j of byte l is weight 32j+l."""
     shifts = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    return (data.reshape(-1, 1, 32) >> shifts & 1).reshape(-1, 256)
+    bits: Bytes = data.reshape(-1, 1, 32) >> shifts & np.uint8(1)
+    return bits.reshape(-1, 256)
 
 
 def _scale_codes(

@@ -1,0 +1,164 @@
+"""What the kernel tests share: instruction sets, weights, and the calls into the native core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from smolrun import _core
+from smolrun.quant.blocks import dequantize
+from smolrun.quant.types import WeightType
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+kernels = _core.kernels
+
+# Every instruction set there is; those that this machine or build lacks are reported as skipped.
+each_isa = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(
+            isa,
+            marks=pytest.mark.skipif(
+                isa not in _core.isas(), reason=f"this CPU or build has no {isa} kernels"
+            ),
+        )
+        for isa in ("scalar", "avx2", "avx512")
+    ],
+)
+
+TYPES = list(WeightType)
+QUANTIZED_TYPES = [t for t in TYPES if not t.is_float]
+FLOAT_TYPES = [t for t in TYPES if t.is_float]
+each_type = pytest.mark.parametrize("weight_type", TYPES, ids=lambda t: t.value)
+each_quantized_type = pytest.mark.parametrize("weight_type", QUANTIZED_TYPES, ids=lambda t: t.value)
+
+# Where the float16 scale (and minimum) of a block stand.
+SCALE_OFFSETS: dict[WeightType, tuple[int, ...]] = {
+    WeightType.Q4_0: (0,),
+    WeightType.Q4_1: (0, 2),
+    WeightType.Q5_0: (0,),
+    WeightType.Q5_1: (0, 2),
+    WeightType.Q8_0: (0,),
+    WeightType.Q2_K: (80, 82),
+    WeightType.Q3_K: (108,),
+    WeightType.Q4_K: (0, 2),
+    WeightType.Q5_K: (0, 2),
+    WeightType.Q6_K: (208,),
+    WeightType.IQ4_NL: (0,),
+    WeightType.IQ4_XS: (0,),
+}
+
+# Row lengths worth trying: one block, odd numbers of blocks, the widths of real models.
+SHORT_BLOCK_COLUMNS = (32, 64, 96, 256, 512, 576, 960)
+LONG_BLOCK_COLUMNS = (256, 512, 768)
+FLOAT_COLUMNS = (1, 7, 31, 33, 50, *SHORT_BLOCK_COLUMNS)
+
+
+def columns_of(weight_type: WeightType) -> Sequence[int]:
+    if weight_type.is_float:
+        return FLOAT_COLUMNS
+    return SHORT_BLOCK_COLUMNS if weight_type.block_weights == 32 else LONG_BLOCK_COLUMNS
+
+
+def aligned(size: int, offset: int = 0) -> Bytes:
+    """Zeroed bytes that start `offset` bytes behind a multiple of 64."""
+    whole = np.zeros(size + 128, dtype=np.uint8)
+    start = -whole.ctypes.data % 64 + offset
+    return whole[start : start + size]
+
+
+def unaligned_floats(values: Floats) -> Floats:
+    """A copy that is aligned for a float, but for nothing wider."""
+    copy = aligned(values.nbytes, offset=4).view(np.float32).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def set_scales(
+    data: Bytes, weight_type: WeightType, values: npt.NDArray[np.float16], field: int | None = None
+) -> None:
+    """Overwrites the scales of [rows, row bytes] in place; `values` are one per block of a row.
+
+    `field` 0 is the scale only, 1 the minimum only, None both.
+    """
+    blocks = data.reshape(data.shape[0], -1, weight_type.block_bytes)
+    for i, offset in enumerate(SCALE_OFFSETS[weight_type]):
+        if field in (None, i):
+            shape = (blocks.shape[0], blocks.shape[1])
+            as_bytes = np.broadcast_to(values, shape).astype("<f2").view(np.uint8)
+            blocks[:, :, offset : offset + 2] = as_bytes.reshape(*shape, 2)
+
+
+def random_weights(weight_type: WeightType, rows: int, columns: int, seed: int = 0) -> Bytes:
+    """Rows as a file has them, [rows, row bytes]: random codes, moderate scales of both signs."""
+    random = np.random.default_rng([seed, weight_type.ggml_id, rows, columns])
+    if weight_type.is_float:
+        values = random.standard_normal((rows, columns)).astype(np.float32)
+        if weight_type is WeightType.F32:
+            return values.view(np.uint8)
+        if weight_type is WeightType.F16:
+            return values.astype(np.float16).view(np.uint8)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    data = random.integers(0, 256, (rows, weight_type.row_bytes(columns)), dtype=np.uint8)
+    shape = (rows, columns // weight_type.block_weights)
+    for field in range(len(SCALE_OFFSETS[weight_type])):
+        scales = random.uniform(0.005, 0.02, shape) * random.choice([-1, 1], shape)
+        set_scales(data, weight_type, scales.astype(np.float16), field)
+    return data
+
+
+def pack(
+    weight_type: WeightType, columns: int, data: Bytes, interleaved_head_dim: int = 0
+) -> Bytes:
+    """The layout of the kernels, at an address as it has in a model."""
+    rows = data.size // weight_type.row_bytes(columns)
+    out = aligned(kernels.packed_bytes(weight_type.value, rows, columns))
+    out[:] = 0xAA
+    kernels.pack(weight_type.value, rows, columns, data.reshape(-1), interleaved_head_dim, out)
+    return out
+
+
+class Weights:
+    """A weight in both forms: packed, and the float64 values that it stands for."""
+
+    def __init__(self, weight_type: WeightType, columns: int, data: Bytes) -> None:
+        self.type = weight_type
+        self.columns = columns
+        self.rows = data.size // weight_type.row_bytes(columns)
+        self.packed = pack(weight_type, columns, data)
+        self.values: Doubles = dequantize(data, weight_type, columns).astype(np.float64)
+
+    @classmethod
+    def random(cls, weight_type: WeightType, rows: int, columns: int, seed: int = 0) -> Weights:
+        return cls(weight_type, columns, random_weights(weight_type, rows, columns, seed))
+
+    def linear(self, isa: str, x: Floats, row_begin: int = 0, row_end: int | None = None) -> Floats:
+        """x [tokens, columns] times the rows: [tokens, rows]."""
+        row_end = self.rows if row_end is None else row_end
+        # What a kernel forgets to write shows.
+        out = np.full((x.shape[0], row_end - row_begin), np.nan, dtype=np.float32)
+        kernels.linear(
+            isa, self.type.value, self.rows, self.columns, self.packed, x, row_begin, row_end, out
+        )
+        return out
+
+
+def random_inputs(tokens: int, columns: int, seed: int = 0) -> Floats:
+    random = np.random.default_rng([seed, tokens, columns])
+    return random.standard_normal((tokens, columns)).astype(np.float32)
+
+
+def nmse(found: npt.NDArray[np.floating], expected: npt.NDArray[np.floating]) -> float:
+    """Mean squared error over the mean square of what was expected."""
+    error = found.astype(np.float64) - expected
+    return float((error**2).mean() / (np.asarray(expected, dtype=np.float64) ** 2).mean())
+
+
+def assert_same_bits(found: Floats, expected: Floats, what: str = "") -> None:
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), what)

@@ -1,0 +1,178 @@
+"""Attention over the blocks of the KV cache, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.kernels.helpers import Floats, assert_same_bits, each_isa, kernels, nmse, random_inputs
+
+BLOCK_TOKENS = 32
+NAN, INFINITE = 0x7E00, 0x7C00
+
+# A float score of size 10 is off by 1e-6, and so is its exponential: (1e-6)^2, and some room.
+NMSE = 1e-11
+
+
+class Cache:
+    """A pool of blocks in which one sequence is stored, in any order, among poisoned slots."""
+
+    def __init__(self, k: Floats, v: Floats, *, seed: int = 0, poison: int = NAN) -> None:
+        tokens, head_dim = k.shape
+        blocks = -(-tokens // BLOCK_TOKENS)
+        random = np.random.default_rng([seed, tokens])
+        self.head_dim = head_dim
+        # Two layers and heads of others stand before and behind this one.
+        self.k_offset = head_dim * BLOCK_TOKENS
+        self.v_offset = 3 * head_dim * BLOCK_TOKENS
+        self.stride = 5 * head_dim * BLOCK_TOKENS
+        self.pool = np.full((blocks + 3) * self.stride, poison, dtype=np.uint16)
+        self.table = random.permutation(blocks + 3)[:blocks].astype(np.int32)
+        for token in range(tokens):
+            k_block, v_block = self.blocks(int(self.table[token // BLOCK_TOKENS]))
+            slot = token % BLOCK_TOKENS
+            kernels.store_kv("scalar", k[token].copy(), v[token].copy(), slot, k_block, v_block)
+
+    def blocks(self, block: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
+        size = self.head_dim * BLOCK_TOKENS
+        k_start = block * self.stride + self.k_offset
+        v_start = block * self.stride + self.v_offset
+        return (
+            self.pool[k_start : k_start + size].reshape(self.head_dim, BLOCK_TOKENS),
+            self.pool[v_start : v_start + size].reshape(BLOCK_TOKENS, self.head_dim),
+        )
+
+    def attention(self, isa: str, q: Floats, length: int, scale: float) -> Floats:
+        out = np.full_like(q, 77)
+        kernels.attention(
+            isa,
+            q,
+            out,
+            length,
+            scale,
+            self.pool,
+            self.table,
+            self.stride,
+            self.k_offset,
+            self.v_offset,
+        )
+        return out
+
+
+def expected_attention(q: Floats, k: Floats, v: Floats, scale: float) -> npt.NDArray[np.float64]:
+    """In float64, with k and v rounded to float16 as the cache has them."""
+    k64 = k.astype(np.float16).astype(np.float64)
+    v64 = v.astype(np.float16).astype(np.float64)
+    scores = q.astype(np.float64) @ k64.T * np.float64(np.float32(scale))
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True) @ v64)
+
+
+@each_isa
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128])
+def test_attention(isa: str, head_dim: int) -> None:
+    k, v = random_inputs(2 * 200, head_dim).reshape(2, 200, head_dim)
+    scale = head_dim**-0.5
+    for group in range(1, 9):
+        q = random_inputs(group, head_dim, seed=group) * np.float32(3)
+        for length in (1, 2, 16, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200):
+            cache = Cache(k[:length], v[:length])
+            found = cache.attention(isa, q, length, scale)
+            expected = expected_attention(q, k[:length], v[:length], scale)
+            assert np.isfinite(found).all()
+            assert nmse(found, expected) <= NMSE, f"{group} heads, {length} tokens"
+            assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@each_isa
+def test_every_length(isa: str) -> None:
+    k, v = random_inputs(2 * 200, 64).reshape(2, 200, 64)
+    q = random_inputs(3, 64)
+    for length in range(1, 201):
+        found = Cache(k[:length], v[:length]).attention(isa, q, length, 0.125)
+        assert nmse(found, expected_attention(q, k[:length], v[:length], 0.125)) <= NMSE
+
+
+@each_isa
+def test_a_long_sequence(isa: str) -> None:
+    k, v = random_inputs(2 * 4000, 64).reshape(2, 4000, 64)
+    q = random_inputs(3, 64) * np.float32(4)
+    found = Cache(k, v).attention(isa, q, 4000, 0.125)
+    assert nmse(found, expected_attention(q, k, v, 0.125)) <= NMSE
+
+
+@each_isa
+@pytest.mark.parametrize("poison", [0, INFINITE, 0xFC00, 0x7BFF])
+def test_slots_past_the_length_and_the_place_of_blocks_change_no_bit(isa: str, poison: int) -> None:
+    for head_dim in (48, 64, 128):
+        k, v = random_inputs(2 * 70, head_dim).reshape(2, 70, head_dim)
+        q = random_inputs(4, head_dim)
+        for length in (1, 15, 31, 32, 33, 70):
+            part = (k[:length], v[:length])
+            found = Cache(*part).attention(isa, q, length, 0.125)
+            other = Cache(*part, seed=9, poison=poison).attention(isa, q, length, 0.125)
+            assert_same_bits(other, found)
+            # Tokens that came later than this one are stored, and are not seen.
+            assert_same_bits(Cache(k, v).attention(isa, q, length, 0.125), found)
+
+
+@each_isa
+def test_sharing_a_call_changes_no_bit(isa: str) -> None:
+    for head_dim in (32, 48, 64, 96, 128):
+        k, v = random_inputs(2 * 77, head_dim).reshape(2, 77, head_dim)
+        cache = Cache(k, v)
+        q = random_inputs(8, head_dim)
+        alone = np.concatenate([cache.attention(isa, q[i : i + 1], 77, 0.2) for i in range(8)])
+        for group in range(1, 9):
+            assert_same_bits(cache.attention(isa, q[:group], 77, 0.2), alone[:group])
+
+
+@each_isa
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_huge_scores(isa: str, size: float) -> None:
+    # The largest score takes all: its V comes out, and nothing overflows.
+    random = np.random.default_rng(3)
+    k = random.choice([-1.0, 1.0], (90, 64)).astype(np.float32)
+    v = random_inputs(90, 64)
+    q = (k[[3, 40, 89]] * size / 64).astype(np.float32)
+    for sign in (1, -1):
+        found = Cache(k, v).attention(isa, q * np.float32(sign), 90, 1.0)
+        expected = expected_attention(q * np.float32(sign), k, v, 1.0)
+        assert np.isfinite(found).all()
+        assert nmse(found, expected) <= 1e-6
+
+
+@each_isa
+def test_equal_scores_give_the_mean(isa: str) -> None:
+    v = random_inputs(100, 64)
+    k = np.zeros((100, 64), dtype=np.float32)
+    for level in (0.0, 1e4, -1e4):
+        k[:, 0] = level
+        q = np.zeros((2, 64), dtype=np.float32)
+        q[:, 0] = 1
+        found = Cache(k, v).attention(isa, q, 100, 1.0)
+        mean = v.astype(np.float16).astype(np.float64).mean(axis=0)
+        assert np.abs(found - mean).max() <= 1e-6
+
+
+@each_isa
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_comes_out(isa: str, value: float) -> None:
+    k, v = random_inputs(2 * 70, 64).reshape(2, 70, 64)
+    q = random_inputs(3, 64)
+    clean = Cache(k, v).attention(isa, q, 70, 0.125)
+    for token in (0, 31, 32, 69):
+        broken = v.copy()
+        broken[token, 5] = value
+        found = Cache(k, broken).attention(isa, q, 70, 0.125)
+        assert not np.isfinite(found[:, 5]).any()
+        if np.isnan(value):
+            broken = k.copy()
+            broken[token, 5] = value
+            assert np.isnan(Cache(broken, v).attention(isa, q, 70, 0.125)).all()
+    broken_q = q.copy()
+    broken_q[1, 7] = value
+    found = Cache(k, v).attention(isa, broken_q, 70, 0.125)
+    assert not np.isfinite(found[1]).any()
+    assert_same_bits(found[[0, 2]], clean[[0, 2]])
