@@ -1,0 +1,184 @@
+"""What a model's files say about its tokenizer, checked, but not yet built into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from smolrun.errors import ModelFormatError, UnsupportedError
+from smolrun.files.gguf import GgufFile
+from smolrun.files.mapping import optional_string, read_json_file, read_small_file, shown
+
+MAX_TOKENIZER_JSON_BYTES = 64 << 20  # SmolLM3's has 17 MB
+MAX_TEMPLATE_BYTES = 1 << 20
+
+# Pre-tokenizers after which a GGUF file that is silent on it wants the bos token added.
+_PRE_TOKENIZERS_ADDING_BOS = ("llama-bpe", "llama3", "llama-v3")
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    """The parts of a tokenizer: a tokenizer.json, or the vocabulary of a GGUF file.
+
+    Ids are inside the vocabulary. For a Hugging Face folder they are None: there `config` names the
+    special tokens by text ("eos_token": a string, or an object with "content").
+    """
+
+    origin: str  # for messages
+    json: bytes | None = None  # tokenizer.json
+    tokens: Sequence[str] = ()  # (vocabulary,) in the byte-level alphabet of GPT-2
+    token_types: Sequence[int] = ()  # (vocabulary,) 1 normal, 2 unknown, 3 control, 4 user, ...
+    merges: Sequence[str] = ()  # "left right", best first
+    pre_tokenizer: str | None = None  # GGUF's name of it: "smollm", "smaug-bpe", ...
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    unk_token_id: int | None = None
+    pad_token_id: int | None = None
+    add_bos_token: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+
+
+def gguf_tokenizer(file: GgufFile) -> TokenizerData | None:
+    """The tokenizer in a GGUF file, None if it has none.
+
+    ModelFormatError: a field of the wrong type, arrays of unequal length, an id outside the
+    vocabulary. UnsupportedError: a tokenizer that is not byte-level BPE.
+    """
+    keys = _GgufKeys(file)
+    kind = keys.get("model", "string")
+    tokens = keys.get("tokens", "string[]")
+    if kind is None and tokens is None:
+        return None
+    if kind != "gpt2":
+        raise UnsupportedError(
+            f"{file.path}: tokenizer.ggml.model: expected gpt2 (byte-level BPE), "
+            f"found {shown(kind)}"
+        )
+    merges = keys.get("merges", "string[]")
+    for name, value in (("tokens", tokens), ("merges", merges)):
+        if value is None:
+            keys.fail(name, "missing; the file has no usable tokenizer, convert the model again")
+    token_types = keys.get("token_type", "i32[]")
+    scores = keys.get("scores", "f32[]")
+    for name, array in (("token_type", token_types), ("scores", scores)):
+        if array is not None and len(array) != len(tokens):
+            keys.fail(name, f"{len(array)} values for {len(tokens)} tokens")
+    if not tokens:
+        keys.fail("tokens", "expected at least one")
+    for token_id, token_type in enumerate(token_types or ()):
+        if not 0 <= token_type <= 6:
+            keys.fail("token_type", f"expected 0 to 6, found {token_type} for token {token_id}")
+    for index, merge in enumerate(merges):
+        if " " not in merge[1:-1]:
+            keys.fail("merges", f"expected two tokens, found {shown(merge)} at {index}")
+
+    pre_tokenizer = keys.get("pre", "string")
+    add_bos_token = keys.get("add_bos_token", "bool")
+    if add_bos_token is None:
+        add_bos_token = pre_tokenizer in _PRE_TOKENIZERS_ADDING_BOS
+    return TokenizerData(
+        origin=str(file.path),
+        tokens=tokens,
+        token_types=token_types if token_types is not None else [1] * len(tokens),
+        merges=merges,
+        pre_tokenizer=pre_tokenizer,
+        bos_token_id=keys.token_id("bos_token_id", len(tokens)),
+        eos_token_id=keys.token_id("eos_token_id", len(tokens)),
+        unk_token_id=keys.token_id("unknown_token_id", len(tokens)),
+        pad_token_id=keys.token_id("padding_token_id", len(tokens)),
+        add_bos_token=add_bos_token,
+    )
+
+
+class _GgufKeys:
+    """Typed access to tokenizer.ggml.*"""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+
+    def fail(self, name: str, problem: str) -> NoReturn:
+        raise ModelFormatError(f"{self.file.path}: tokenizer.ggml.{name}: {problem}")
+
+    def get(self, name: str, stored: str) -> Any:
+        key = f"tokenizer.ggml.{name}"
+        found = self.file.types.get(key)
+        if found is not None and found != stored:
+            self.fail(name, f"expected type {stored}, found {found}")
+        return self.file.metadata.get(key)
+
+    def token_id(self, name: str, vocabulary: int) -> int | None:
+        value = self.file.metadata.get(f"tokenizer.ggml.{name}")
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < vocabulary:
+            self.fail(name, f"expected an id from 0 to {vocabulary - 1}, found {shown(value)}")
+        return value
+
+
+def folder_tokenizer(folder: Path) -> TokenizerData | None:
+    """The tokenizer of a Hugging Face folder, None without a tokenizer.json."""
+    path = folder / "tokenizer.json"
+    content = read_small_file(path, MAX_TOKENIZER_JSON_BYTES)
+    if content is None:
+        return None
+    config_path = folder / "tokenizer_config.json"
+    config = read_json_file(config_path) or {}
+    add_bos_token = config.get("add_bos_token")
+    if add_bos_token is not None and not isinstance(add_bos_token, bool):
+        raise ModelFormatError(
+            f"{config_path}: add_bos_token: expected true or false, found {shown(add_bos_token)}"
+        )
+    return TokenizerData(
+        origin=str(path), json=content, add_bos_token=bool(add_bos_token), config=config
+    )
+
+
+def gguf_chat_template(file: GgufFile) -> str | None:
+    """The chat template in a GGUF file."""
+    template = optional_string(file.metadata, "tokenizer.chat_template", str(file.path))
+    if template is not None and len(template) > MAX_TEMPLATE_BYTES:
+        raise ModelFormatError(
+            f"{file.path}: tokenizer.chat_template: {len(template)} characters, "
+            f"expected at most {MAX_TEMPLATE_BYTES}"
+        )
+    return template
+
+
+def folder_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder: of three places, the newest form that is there wins.
+
+    chat_template.jinja, then chat_template.json, then tokenizer_config.json; in the last two a list
+    of named templates stands for its "default".
+    """
+    path = folder / "chat_template.jinja"
+    content = read_small_file(path, MAX_TEMPLATE_BYTES)
+    if content is not None:
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFormatError(f"{path}: byte {error.start} is not UTF-8") from None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        values = read_json_file(folder / name) or {}
+        template = _template(values.get("chat_template"), f"{folder / name}: chat_template")
+        if template is not None:
+            return template
+    return None
+
+
+def _template(value: Any, origin: str) -> str | None:
+    if isinstance(value, list):
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in value
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        }
+        if "default" not in named:
+            raise ModelFormatError(
+                f"{origin}: expected a template named 'default', found {shown(list(named))}"
+            )
+        value = named["default"]
+    if value is not None and not isinstance(value, str):
+        raise ModelFormatError(f"{origin}: expected text, found {shown(value)}")
+    return value
