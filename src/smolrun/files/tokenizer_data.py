@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,15 @@ MAX_TEMPLATE_BYTES = 1 << 20
 # Pre-tokenizers after which a GGUF file that is silent on it wants the bos token added.
 _PRE_TOKENIZERS_ADDING_BOS = ("llama-bpe", "llama3", "llama-v3")
 
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 @dataclass(frozen=True)
 class TokenizerData:
     """The parts of a tokenizer: a tokenizer.json, or the vocabulary of a GGUF file.
 
-    Ids are inside the vocabulary. For a Hugging Face folder they are None: there `config` names the
-    special tokens by text ("eos_token": a string, or an object with "content").
+    Ids of a GGUF file lie inside its vocabulary. Those of a folder are looked up from the texts in
+    tokenizer_config.json; None where it names no such token.
     """
 
     origin: str  # for messages
@@ -130,9 +133,53 @@ def folder_tokenizer(folder: Path) -> TokenizerData | None:
         raise ModelFormatError(
             f"{config_path}: add_bos_token: expected true or false, found {shown(add_bos_token)}"
         )
+    ids = _special_ids(config, content)
     return TokenizerData(
-        origin=str(path), json=content, add_bos_token=bool(add_bos_token), config=config
+        origin=str(path),
+        json=content,
+        bos_token_id=ids["bos_token"],
+        eos_token_id=ids["eos_token"],
+        unk_token_id=ids["unk_token"],
+        pad_token_id=ids["pad_token"],
+        add_bos_token=bool(add_bos_token),
+        config=config,
     )
+
+
+def _special_ids(config: Mapping[str, Any], content: bytes) -> dict[str, int | None]:
+    """Ids of the special tokens that tokenizer_config.json names by text."""
+    texts: dict[str, str] = {}
+    for key in _SPECIAL_TOKENS:
+        value = config.get(key)
+        if isinstance(value, dict):  # an added token with its flags
+            value = value.get("content")
+        if isinstance(value, str):
+            texts[key] = value
+    ids = _added_tokens(config.get("added_tokens_decoder"))
+    if not ids.keys() >= set(texts.values()):
+        # Files of transformers 5 name them in tokenizer.json only. Whether that file is sound is
+        # for the tokenizer built from it to say.
+        try:
+            added = json.loads(content).get("added_tokens")
+            ids.update({entry["content"]: entry["id"] for entry in added})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass
+    found = {key: ids.get(texts.get(key, "")) for key in _SPECIAL_TOKENS}
+    return {key: value if type(value) is int else None for key, value in found.items()}
+
+
+def _added_tokens(decoder: object) -> dict[str, int]:
+    """Text to id of added_tokens_decoder, {"128012": {"content": "<|im_end|>", ...}, ...}."""
+    if not isinstance(decoder, dict):
+        return {}
+    return {
+        token["content"]: int(token_id)
+        for token_id, token in decoder.items()
+        if token_id.isdecimal()
+        and len(token_id) < 10
+        and isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+    }
 
 
 def gguf_chat_template(file: GgufFile) -> str | None:
