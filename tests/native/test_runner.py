@@ -161,7 +161,7 @@ def test_the_check_of_bits_can_fail() -> None:
         shuffled.native[name] = (
             values
             if values.ndim == 1
-            else _core.Weight("F32", *values.shape, values.view(np.uint8).reshape(-1))
+            else _core.Weight("F32", len(values), len(values[0]), values.view(np.uint8).reshape(-1))
         )
     found = run_sequence(shuffled.runner(), config, tokens, blocks_for(40), 40)
     assert nmse(found, expected) < 1e-8

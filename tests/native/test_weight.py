@@ -1,0 +1,168 @@
+"""Weights made ready for the kernels: what is copied, what is borrowed, what is given back."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from smolrun import _core
+from smolrun.quant.types import WeightType
+from tests.native.models import Model, blocks_for, ints, random_blocks, run_sequence, small_config
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_float_weights_are_used_where_they_lie(threads: int) -> None:
+    data = np.zeros(4 * 6 * 5, dtype=np.uint8)
+    references = sys.getrefcount(data)
+    weight = _core.Weight("F32", 6, 5, data, threads=threads)
+    assert (weight.type, weight.rows, weight.columns, weight.nbytes) == ("F32", 6, 5, 0)
+    assert sys.getrefcount(data) > references
+    del weight
+    assert sys.getrefcount(data) == references
+
+
+@pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
+def test_quantized_weights_are_copied(weight_type: WeightType) -> None:
+    data = random_blocks(np.random.default_rng(0), weight_type, 20, 256)
+    references = sys.getrefcount(data)
+    weight = _core.Weight(weight_type.value, 20, 256, data)
+    assert sys.getrefcount(data) == references
+    assert weight.nbytes == 32 * weight_type.row_bytes(256)  # two groups of sixteen rows
+
+
+def logits_with(q_weight: _core.Weight, model: Model) -> Any:
+    changed = dict(model.native)
+    changed["model.layers.0.self_attn.q_proj.weight"] = q_weight
+    tokens = ints(range(40))
+    runner = Model(model.config, model.program, changed).runner()
+    return run_sequence(runner, model.config, tokens, blocks_for(40), 40)
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.F16, WeightType.Q4_K, WeightType.Q8_0])
+def test_threads_and_interleaved_rows(weight_type: WeightType) -> None:
+    """Rows in GGUF's order (2i+j for j*D/2+i), packed by any number of threads."""
+    # 10 MiB of F16: several chunks to share among the threads.
+    config = small_config(num_attention_heads=160, num_key_value_heads=1, num_hidden_layers=1)
+    model = Model.random(config, [WeightType.F32])
+    rows, head_dim = config.num_attention_heads * config.head_dim, config.head_dim
+    data = random_blocks(np.random.default_rng(3), weight_type, rows, 256)
+    in_order = data.reshape(-1, head_dim // 2, 2, weight_type.row_bytes(256))
+    straight = np.ascontiguousarray(in_order.transpose(0, 2, 1, 3)).reshape(-1)
+    name = weight_type.value
+    expected = logits_with(_core.Weight(name, rows, 256, straight), model)
+    for threads in (1, 2, 5):
+        weight = _core.Weight(name, rows, 256, data, interleaved_head_dim=32, threads=threads)
+        assert weight.nbytes == rows * weight_type.row_bytes(256)
+        assert np.array_equal(logits_with(weight, model), expected)
+    assert not np.array_equal(logits_with(_core.Weight(name, rows, 256, data), model), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("Q9", 4, 32, 4), "type: 'Q9' is not a weight type"),
+        (("F32", 0, 4, 0), "expected 1 to"),
+        (("F32", -1, 4, 0), "expected 1 to"),
+        (("F32", 1 << 62, 4, 16), "expected 1 to"),
+        (("F32", 1 << 31, 1 << 31, 16), "data has 16 bytes|does not fit"),
+        (("F32", 4, 4, 63), "data has 63 bytes; expected 64"),
+        (("F32", 4, 4, 65), "data has 65 bytes; expected 64"),
+        (("Q8_0", 4, 33, 4 * 34), "columns is 33; Q8_0 has blocks of 32"),
+        (("Q4_K", 4, 128, 4 * 72), "columns is 128; Q4_K has blocks of 256"),
+        (("F32", 6, 4, 96, 3), "interleaved_head_dim is 3"),
+        (("F32", 6, 4, 96, 4), "interleaved_head_dim is 4"),
+        (("F32", 6, 4, 96, -2), "interleaved_head_dim is -2"),
+    ],
+)
+def test_a_source_that_does_not_fit(arguments: tuple[Any, ...], message: str) -> None:
+    name, rows, columns, size, *rest = arguments
+    with pytest.raises(ValueError, match=message):
+        _core.Weight(name, rows, columns, np.zeros(size, dtype=np.uint8), *rest)
+
+
+def test_the_source_must_be_bytes_in_one_piece() -> None:
+    for data in (np.zeros(16, np.float32), np.zeros(128, np.uint8)[::2], [1, 2], "text"):
+        with pytest.raises(TypeError, match="data: expected a C-contiguous uint8 array"):
+            _core.Weight("F32", 4, 4, data)  # type: ignore[arg-type]
+
+
+# --- pages of files
+
+
+def resident_bytes(data: npt.NDArray[np.uint8]) -> int:
+    """How much of the mapping that holds `data` is in this process's memory."""
+    address = data.ctypes.data
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "Rss:":
+            return 1024 * int(line.split()[1])
+    raise AssertionError("not mapped")
+
+
+@linux_only
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    rows, columns = 4096, 4096
+    content = random_blocks(np.random.default_rng(1), WeightType.Q4_0, rows, columns)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(100) + content.tobytes())
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data = np.frombuffer(mapped, dtype=np.uint8)[100:]
+    kept = _core.Weight("Q4_0", rows, columns, data)
+    assert resident_bytes(data) >= content.size - 8192
+    dropped = _core.Weight("Q4_0", rows, columns, data, threads=2, drop_source=True)
+    assert resident_bytes(data) <= 3 * mmap.PAGESIZE
+    assert np.array_equal(data, content)  # read again from the file
+    del kept, dropped, data
+    gc.collect()
+    mapped.close()  # a BufferError if anything still held it
+
+
+@linux_only
+def test_memory_that_is_no_file_keeps_its_content() -> None:
+    size = WeightType.Q8_0.row_bytes(1024) * 1024
+    content = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8).tobytes()
+    data = np.frombuffer(content, dtype=np.uint8)  # read-only, but on the heap
+    copy = bytes(bytearray(content))
+    _core.Weight("Q8_0", 1024, 1024, data, drop_source=True)
+    assert content == copy
+    anonymous = mmap.mmap(-1, size)
+    anonymous.write(content)
+    view = np.frombuffer(anonymous, dtype=np.uint8)
+    view.flags.writeable = False
+    _core.Weight("Q8_0", 1024, 1024, view, drop_source=True)
+    assert view.tobytes() == copy
+
+
+def test_a_writable_source_is_never_dropped() -> None:
+    with pytest.raises(ValueError, match="drop_source needs a read-only view"):
+        _core.Weight("Q8_0", 4, 32, np.zeros(136, np.uint8), drop_source=True)
+
+
+def test_a_runner_keeps_its_weights_alive() -> None:
+    config = small_config()
+    model = Model.random(config, [WeightType.F32, WeightType.Q8_0])
+    tokens = ints(range(30))
+    expected = run_sequence(model.runner(), config, tokens, blocks_for(30), 30)
+    runner = model.runner()
+    holder = weakref.ref(model)
+    del model
+    gc.collect()
+    assert holder() is None
+    noise = [np.random.default_rng(0).bytes(1 << 20) for _ in range(8)]  # reuse what was freed
+    assert np.array_equal(run_sequence(runner, config, tokens, blocks_for(30), 30), expected)
+    assert len(noise) == 8
