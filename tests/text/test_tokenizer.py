@@ -234,9 +234,19 @@ def test_an_unknown_pre_tokenizer_is_unsupported() -> None:
         tokenizer(3, **{**GOOD, "pre_tokenizer": "gpt-2"})
 
 
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+
+
 def _json_with(**changes: Any) -> bytes:
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
-    return json.dumps({"version": "1.0", "added_tokens": [], "model": model} | changes).encode()
+    values: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
+    values |= {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+    return json.dumps(values | changes).encode()
 
 
 def test_a_tokenizer_json_may_not_shorten_or_pad() -> None:
@@ -248,6 +258,57 @@ def test_a_tokenizer_json_may_not_shorten_or_pad() -> None:
     }
     found = tokenizer(2, json=_json_with(truncation=truncation))
     assert found.encode("abab") == [0, 1, 0, 1]
+
+
+def test_a_tokenizer_json_may_not_leave_out_merges_at_random() -> None:
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": ["a b"], "dropout": 0.5}
+    found = tokenizer(3, json=_json_with(model=model))
+    assert found.encode("ab" * 50) == found.encode("ab" * 50) == [2] * 50
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"pre_tokenizer": None}, "pre_tokenizer.*none"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer.*Whitespace"),
+        ({"decoder": None}, "decoder.*none"),
+        ({"decoder": {"type": "ByteFallback"}}, "decoder.*ByteFallback"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+                    ]
+                    * 5,
+                }
+            },
+            "normalizer.*Replace",
+        ),
+        (
+            {
+                "model": {
+                    "type": "BPE",
+                    "vocab": {"a": 0},
+                    "merges": [],
+                    "continuing_subword_prefix": "#",
+                }
+            },
+            "continuing_subword_prefix",
+        ),
+    ],
+)
+def test_what_is_not_byte_level_is_unsupported(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedError, match=named):
+        tokenizer(2, json=_json_with(**change))
+
+
+def test_an_error_of_the_library_while_encoding_is_an_error_of_the_file() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "missing"}
+    found = tokenizer(2, json=_json_with(model=model))
+    with pytest.raises(ModelFormatError, match="missing"):
+        found.encode("b")
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:

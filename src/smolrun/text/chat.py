@@ -318,13 +318,21 @@ class ChatTemplate:
     # ---- control tokens
 
     @functools.cached_property
-    def _control(self) -> tuple[re.Pattern[str], dict[str, str]] | None:
-        """Finds control tokens, longest first; and the guard of each first character."""
+    def _guard_of(self) -> dict[str, str]:
+        """First characters of control tokens, each with its guard."""
+        firsts = sorted({text[0] for text in self._tokenizer.control_tokens if text})
+        if len(firsts) > len(_GUARDS):
+            raise TemplateError(
+                f"{self._tokenizer.origin}: control tokens begin with {len(firsts)} different "
+                f"characters; at most {len(_GUARDS)} can be told from text"
+            )
+        return dict(zip(firsts, _GUARDS, strict=False))
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Finds control tokens, longest first."""
         texts = sorted(self._tokenizer.control_tokens, key=len, reverse=True)
-        firsts = sorted({text[0] for text in texts})
-        if not texts or len(firsts) > len(_GUARDS):
-            return None
-        return re.compile("|".join(map(re.escape, texts))), dict(zip(firsts, _GUARDS, strict=False))
+        return re.compile("|".join(re.escape(text) for text in texts if text))
 
     def _guarded_rendering(
         self, variables: Mapping[str, Any], text: str, date: datetime.date
@@ -335,10 +343,7 @@ class ChatTemplate:
             The text and the guards in it (guard -> character), or None if the template's own
             control tokens are all there are.
         """
-        if self._control is None:
-            return None
-        control, guards = self._control
-        given = {key: value for key, value in variables.items() if key != "add_generation_prompt"}
+        guards, given = self._guard_of, dict(variables)
         if not any(first in string for string in _strings(given) for first in guards):
             return None
         if any(guard in text for guard in guards.values()):
@@ -351,21 +356,19 @@ class ChatTemplate:
         # cuts out of a text. A template that looks for that character itself renders something
         # else then: for it only whole tokens are guarded.
         firsts = re.compile("|".join(map(re.escape, guards)))
-        for pattern in (firsts, control):
+        for pattern in (firsts, self._control):
             guard = functools.partial(pattern.sub, lambda found: guards[found[0][0]] + found[0][1:])
             rendered = self.render_variables(_mapped(variables, guard), date)
             if _restored(rendered, restore) == text:
                 break
-        if len(control.findall(rendered)) == len(control.findall(text)):
+        if len(self._control.findall(rendered)) == len(self._control.findall(text)):
             return None
         return rendered, restore
 
     def _encode_guarded(self, rendered: str, restore: Mapping[str, str]) -> list[int]:
-        assert self._control is not None
-        control, _ = self._control
         ids: list[int] = []
         start = 0
-        for found in [*control.finditer(rendered), None]:
+        for found in [*self._control.finditer(rendered), None]:
             stop = len(rendered) if found is None else found.start()
             piece = _restored(rendered[start:stop], restore)
             ids += self._tokenizer.encode(piece, parse_special=False, add_bos=False)

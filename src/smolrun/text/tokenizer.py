@@ -10,6 +10,7 @@ and 16 hex) are dropped in encoding, as by the library the models were trained w
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -147,10 +148,13 @@ class Tokenizer:
         """
         library = self._library if parse_special else self._without_control_tokens()
         text = _without_lone_surrogates(text)
-        if len(text) < _LONG_TEXT:
-            encoding = library.encode(text, add_special_tokens=False)
-        else:
-            encoding = library.encode_batch_fast([text], add_special_tokens=False)[0]
+        try:
+            if len(text) < _LONG_TEXT:
+                encoding = library.encode(text, add_special_tokens=False)
+            else:
+                encoding = library.encode_batch_fast([text], add_special_tokens=False)[0]
+        except BaseException as error:
+            raise _as_format_error(error, self.origin) from error
         ids: list[int] = encoding.ids
         if ids and max(ids) >= self.vocab_size:
             raise ModelFormatError(
@@ -277,10 +281,15 @@ def _guarded(origin: str, build: Callable[[], _T]) -> _T:
     """Runs the library on a stranger's data; whatever it raises becomes a ModelFormatError."""
     try:
         return build()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of the library derives from BaseException
-        raise ModelFormatError(f"{origin}: not a usable tokenizer: {error}") from error
+    except BaseException as error:
+        raise _as_format_error(error, origin) from error
+
+
+def _as_format_error(error: BaseException, origin: str) -> BaseException:
+    # A panic of the library derives from BaseException, beside what must go on as it is.
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+        return error
+    return ModelFormatError(f"{origin}: not a usable tokenizer: {error}")
 
 
 def _from_json(data: TokenizerData) -> Any:
@@ -295,10 +304,39 @@ def _from_json(data: TokenizerData) -> Any:
             f"{data.origin}: tokenizer.json holds a {type(library.model).__name__} model; "
             "smolrun runs BPE tokenizers"
         )
-    # A file may ask to shorten or pad every text; a prompt must stay whole.
+    _check_parts(library, data.origin)
+    # A file may ask to shorten or pad every text, or to leave out merges at random as in training;
+    # a prompt must stay whole and the same.
     library.no_truncation()
     library.no_padding()
+    library.model.dropout = None
     return library
+
+
+def _check_parts(library: Any, origin: str) -> None:
+    """Refuses what is not byte-level BPE: its text would be decoded wrongly, or grow unbounded."""
+    for name, known, needed in (
+        ("normalizer", {"NFC", "NFD", "NFKC", "NFKD", "Sequence"}, None),
+        ("pre_tokenizer", {"ByteLevel", "Digits", "Punctuation", "Split", "Sequence"}, "ByteLevel"),
+        ("decoder", {"ByteLevel", "Sequence"}, "ByteLevel"),
+    ):
+        part = getattr(library, name)
+        types = set() if part is None else _types(json.loads(part.__getstate__()))
+        if types - known or (needed and needed not in types):
+            raise UnsupportedError(
+                f"{origin}: {name} of tokenizer.json: expected {' and '.join(sorted(known))} for "
+                f"byte-level BPE, found {' and '.join(sorted(types)) or 'none'}"
+            )
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if getattr(library.model, name):
+            raise UnsupportedError(
+                f"{origin}: model.{name} of tokenizer.json: expected none for byte-level BPE"
+            )
+
+
+def _types(part: Any) -> set[str]:
+    parts = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
+    return {part["type"]}.union(*map(_types, parts))
 
 
 def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
