@@ -8,20 +8,20 @@ import pytest
 
 from smolrun.text.tokenizer import Tokenizer
 
-from .support import gguf_fields, tokenizer
+from .support import gguf_data, tokenizer
 
 
 @pytest.fixture(scope="session")
 def llama3(shared_data: Path) -> Tokenizer:
-    fields = gguf_fields(shared_data / "vocab-tests/ggml-vocab-llama-bpe.gguf")
-    return tokenizer(128256, **fields)
+    path = shared_data / "vocab-tests/ggml-vocab-llama-bpe.gguf"
+    return Tokenizer(gguf_data(path, add_bos_token=False), 128256)
 
 
 @pytest.fixture(scope="session")
 def starcoder(shared_data: Path) -> Tokenizer:
     """StarCoder 2's vocabulary: its text is cut as SmolLM2's."""
-    fields = gguf_fields(shared_data / "vocab-tests/ggml-vocab-starcoder.gguf")
-    return tokenizer(49152, **{**fields, "pre_tokenizer": "smollm"})
+    path = shared_data / "vocab-tests/ggml-vocab-starcoder.gguf"
+    return Tokenizer(gguf_data(path, pre_tokenizer="smollm"), 49152)
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +32,4 @@ def tiny_json(shared_data: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_gguf(shared_data: Path) -> Tokenizer:
-    return tokenizer(2304, **gguf_fields(shared_data / "tiny-smollm3/tiny-smollm3-Q8_0.gguf"))
+    return Tokenizer(gguf_data(shared_data / "tiny-smollm3/tiny-smollm3-Q8_0.gguf"), 2304)

@@ -1,63 +1,27 @@
-"""Tokenizers for the tests of this room, from the golden data."""
+"""Tokenizers for the tests of this room, from the golden data or made up."""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import pytest
-
+from smolrun.files.checkpoint import TokenizerData
+from smolrun.files.gguf import GgufFile
+from smolrun.files.tokenizer_data import gguf_tokenizer
 from smolrun.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from smolrun.files.checkpoint import TokenizerData
-
-
-@dataclass
-class Data:
-    """The fields of `TokenizerData`, each with a default."""
-
-    json: bytes | None = None
-    tokens: Sequence[str] = ()
-    token_types: Sequence[int] = ()
-    merges: Sequence[str] = ()
-    pre_tokenizer: str | None = "smollm"
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    unk_token_id: int | None = None
-    pad_token_id: int | None = None
-    add_bos_token: bool = False
-    config: dict[str, object] = field(default_factory=dict)
-    origin: str = "test"
 
 
 def tokenizer(vocab_size: int, **fields: Any) -> Tokenizer:
-    return Tokenizer(cast("TokenizerData", Data(**fields)), vocab_size)
+    fields = {"origin": "test", "pre_tokenizer": "smollm"} | fields
+    return Tokenizer(TokenizerData(**fields), vocab_size)
 
 
-@functools.cache
-def gguf_fields(path: Path) -> dict[str, Any]:
-    """Fields of a GGUF vocabulary, read by the gguf package."""
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(path).fields
-
-    def value(name: str) -> Any:
-        found = fields.get(f"tokenizer.ggml.{name}")
-        return None if found is None else found.contents()
-
-    return {
-        "tokens": value("tokens"),
-        "token_types": value("token_type"),
-        "merges": value("merges"),
-        "pre_tokenizer": value("pre"),
-        "bos_token_id": value("bos_token_id"),
-        "eos_token_id": value("eos_token_id"),
-        "origin": path.name,
-    }
+def gguf_data(path: Path, **changes: Any) -> TokenizerData:
+    data = gguf_tokenizer(GgufFile.open(path))
+    assert data is not None
+    return dataclasses.replace(data, **changes)
 
 
 BYTE_ALPHABET = [

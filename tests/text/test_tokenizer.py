@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import ModelFormatError, RequestError, UnsupportedError
+from smolrun.files.checkpoint import open_checkpoint
+from smolrun.text.chat import ChatTemplate
 from smolrun.text.tokenizer import CONTROL, NORMAL, IncrementalDecoder, Tokenizer
 
-from .support import BYTE_ALPHABET, byte_tokenizer, gguf_fields, tokenizer
+from .support import BYTE_ALPHABET, byte_tokenizer, gguf_data, tokenizer
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
@@ -54,9 +58,9 @@ def test_smollm3_golden_encodings(llama3: Tokenizer) -> None:
 
 @pytest.mark.parametrize("pre_tokenizer", ["smaug-bpe", "llama3", "llama-v3"])
 def test_synonyms_of_the_llama3_pre_tokenizer(shared_data: Path, pre_tokenizer: str) -> None:
-    fields = gguf_fields(shared_data / "tiny-smollm3/tiny-smollm3-Q8_0.gguf")
-    found = tokenizer(2304, **{**fields, "pre_tokenizer": pre_tokenizer})
-    again = tokenizer(2304, **{**fields, "pre_tokenizer": "llama-bpe"})
+    path = shared_data / "tiny-smollm3/tiny-smollm3-Q8_0.gguf"
+    found = Tokenizer(gguf_data(path, pre_tokenizer=pre_tokenizer), 2304)
+    again = Tokenizer(gguf_data(path, pre_tokenizer="llama-bpe"), 2304)
     text = "It's 12345 o'clock,  isn't IT?\n\n  Cửa Việt"
     assert found.encode(text) == again.encode(text)
 
@@ -79,6 +83,15 @@ def test_json_and_gguf_agree_and_decode_gives_the_text_back(
         assert tiny_json.decode(ids) == text == tiny_gguf.decode(ids)
     decoder = IncrementalDecoder(tiny_json)
     assert "".join([*map(decoder.push, ids), decoder.flush()]) == text
+
+
+def test_ten_thousand_random_texts_come_back(llama3: Tokenizer) -> None:
+    random = Random(2)
+    planes = [range(0x20, 0x7F), range(0x250), range(0xD800), range(0xE000, 0x110000)]
+    for _ in range(10_000):
+        characters = random.choice(planes)
+        text = "".join(map(chr, random.choices(characters, k=random.randrange(24))))
+        assert llama3.decode(llama3.encode(text)) == text
 
 
 def test_json_and_gguf_agree_on_every_token(tiny_json: Tokenizer, tiny_gguf: Tokenizer) -> None:
@@ -357,3 +370,20 @@ def test_incremental_decoding_does_not_stall_on_invalid_bytes() -> None:
     assert decoder.push(lead) == ""
     assert decoder.flush() == "\ufffd"
     assert decoder.flush() == ""
+
+
+def test_the_two_forms_of_one_checkpoint_open_alike(shared_data: Path) -> None:
+    folder = shared_data / "tiny-smollm3"
+    found = []
+    for path in (folder, folder / "tiny-smollm3-Q8_0.gguf"):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.tokenizer is not None
+        assert checkpoint.chat_template is not None
+        opened = Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
+        template = ChatTemplate(checkpoint.chat_template, opened, str(path))
+        ids = template.encode([{"role": "user", "content": "Hi"}], date=datetime.date(2025, 7, 8))
+        stop = opened.stop_ids(checkpoint.config.eos_token_ids)
+        found.append((opened.eos_token_id, opened.add_bos_token, sorted(stop), ids))
+        checkpoint.close()
+    assert found[0] == found[1]
+    assert found[0][:3] == (2051, False, [2049, 2051])

@@ -6,7 +6,9 @@ meets the limits of the process here, at load, instead of the user's process lat
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +26,8 @@ _COMMAND = (
     "import json, sys; given = json.load(sys.stdin); sys.path[:] = given['path']; "
     "from smolrun.text.probe import child; child(given)"
 )
+
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # to find libpython by
 
 _TOOL = {
     "type": "function",
@@ -57,8 +61,8 @@ def probe(source: str, variables: Mapping[str, object], origin: str) -> None:
         TemplateError: the template is broken, reaches for what it may not, takes more than it
             may, or renders none of a few plain conversations.
     """
-    if not sys.executable:
-        return  # embedded without an interpreter to start: the sandbox's own bounds remain
+    if not sys.executable or getattr(sys, "frozen", False):
+        return  # there is no interpreter to start: the sandbox's own bounds remain
     path = [str(Path(__file__).parents[2]), *sys.path]
     given = json.dumps({"path": path, "source": source, "variables": dict(variables)})
     try:
@@ -67,7 +71,7 @@ def probe(source: str, variables: Mapping[str, object], origin: str) -> None:
             input=given.encode(),
             capture_output=True,
             timeout=_WALL_SECONDS,
-            env={"PYTHONUTF8": "1"},
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -95,9 +99,14 @@ def _limit_this_process() -> None:
         import resource
     except ImportError:  # Windows has none; the sandbox's own bounds remain
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_SECONDS, _PROCESSOR_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, soft, hard in (
+        (resource.RLIMIT_CPU, _PROCESSOR_SECONDS, _PROCESSOR_SECONDS + 1),
+        (resource.RLIMIT_AS, _MEMORY, _MEMORY),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        # Not every system takes every limit, and stricter ones may be in force already.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (soft, hard))
 
 
 def _reason(source: str, variables: object) -> str | None:
