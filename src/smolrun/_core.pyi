@@ -141,8 +141,9 @@ class kernels:
     """The submodule of single kernels, for tests and benchmarks.
 
     `isa` is one of `isas()`, `type` the name of a weight type. Results go into the arrays passed
-    in. Every array must have the type and shape given here and be C-contiguous; anything else is a
-    ValueError. What the kernels compute is said in src/core/kernels.h.
+    in. Every array must have the type and shape given here and be C-contiguous: TypeError where
+    its type or order in memory is another, ValueError for a shape or a number out of range. What
+    the kernels compute is said in src/core/kernels.h.
     """
 
     @staticmethod
