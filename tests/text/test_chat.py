@@ -205,6 +205,10 @@ def test_messages_are_never_left_out_silently(smollm3: ChatTemplate, smollm2: Ch
     with pytest.raises(TemplateError, match=r"messages\[1\]"):
         smollm3.render(messages)
     assert "LATER" in smollm2.render(messages)
+    source = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    found = ChatTemplate(source, byte_tokenizer(), "test")
+    with pytest.raises(TemplateError, match=r"messages\[1\].*no role 'tool'"):
+        found.render([user("Hi"), {"role": "tool", "content": "18C"}])
 
 
 def test_thinking(smollm3: ChatTemplate, smollm2: ChatTemplate) -> None:

@@ -43,6 +43,11 @@ _KNOWN_TEMPLATES = frozenset(
 _GUARDS = tuple(chr(0x10600 + place) for place in range(0x130))
 
 _MARK = "smolrun-was-here"
+# Conversations that show whether a template renders a later system message, or a tool's result.
+_TRIALS = {
+    "system": [("user", "a"), ("system", _MARK), ("user", "b")],
+    "tool": [("user", "a"), ("assistant", "b"), ("tool", _MARK)],
+}
 
 
 class ChatTemplate:
@@ -278,18 +283,17 @@ class ChatTemplate:
     def _check_roles(self, messages: Sequence[Mapping[str, object]]) -> None:
         """Refuses messages that the template would leave out without a word."""
         for index, message in enumerate(messages):
-            if message["role"] == "system" and index > 0:
-                conversation = [("user", "a"), ("system", _MARK), ("user", "b")]
-                expected = "only the first message may be a system message"
-            elif message["role"] == "tool":
-                conversation = [("user", "a"), ("assistant", "b"), ("tool", _MARK)]
-                expected = "it knows no role 'tool'"
-            else:
+            role = str(message["role"])
+            if role not in _TRIALS or (role == "system" and index == 0):
                 continue
-            role = conversation[-2][0] + conversation[-1][0]
             if role not in self._honoured_roles:
-                self._honoured_roles[role] = self._honours(conversation)
+                self._honoured_roles[role] = self._honours(_TRIALS[role])
             if not self._honoured_roles[role]:
+                expected = (
+                    "a system message may only come first"
+                    if role == "system"
+                    else (f"it knows no role {role!r}")
+                )
                 raise TemplateError(
                     f"{self.origin}: the chat template would leave out messages[{index}]: "
                     f"{expected}"
