@@ -29,6 +29,7 @@ MAX_HEAD_DIM = 1024
 MAX_POSITIONS = 1 << 24
 MIN_THETA, MAX_THETA = 2.0, 1e12
 MAX_FACTOR = 65536.0
+MIN_BETA = 1e-6
 # SmolLM3 leaves RoPE out in every fourth layer. GGUF carries no key for it.
 NO_ROPE_LAYER_INTERVAL = 4
 
@@ -108,11 +109,8 @@ class ModelConfig:
         model_type = _known_model_type(Fields(metadata, origin), "general.architecture")
         fields = Fields(metadata, origin, f"{model_type}.")
         tokenizer = Fields(metadata, origin, "tokenizer.ggml.")
-        if not fields.has("vocab_size") and tokenizer.has("tokens"):
-            tokens = tokenizer.sequence("tokens", MAX_VOCAB_SIZE)
-            metadata = {**metadata, f"{model_type}.vocab_size": len(tokens)}
-            fields = Fields(metadata, origin, f"{model_type}.")
-        sizes = _sizes(fields, _GGUF_KEYS, model_type)
+        listed = tokenizer.length("tokens", MAX_VOCAB_SIZE) if tokenizer.has("tokens") else None
+        sizes = _sizes(fields, _GGUF_KEYS, model_type, vocab_size=listed)
         head_dim = sizes["head_dim"]
         for key in ("attention.value_length", "rope.dimension_count"):
             if fields.integer(key, 1, MAX_HEAD_DIM, head_dim) != head_dim:
@@ -232,12 +230,17 @@ _GGUF_KEYS = {
 }
 
 
-def _sizes(fields: Fields, keys: Mapping[str, str], model_type: ModelType) -> dict[str, int]:
-    """The eight sizes, each in its range and consistent with the others."""
-    sizes = {
+def _sizes(
+    fields: Fields, keys: Mapping[str, str], model_type: ModelType, vocab_size: int | None = None
+) -> dict[str, int]:
+    """The eight sizes, each in its range and consistent with the others.
+
+    `vocab_size` stands in where the key is absent.
+    """
+    sizes = {"vocab_size": fields.integer(keys["vocab_size"], 1, MAX_VOCAB_SIZE, vocab_size)}
+    sizes |= {
         name: fields.integer(keys[name], 1, high)
         for name, high in (
-            ("vocab_size", MAX_VOCAB_SIZE),
             ("hidden_size", MAX_WIDTH),
             ("intermediate_size", MAX_WIDTH),
             ("num_hidden_layers", MAX_LAYERS),
@@ -382,18 +385,18 @@ def _hugging_face_rope(
         type="yarn",
         factor=rope.number("factor", 1.0, MAX_FACTOR, implied),
         original_max_position_embeddings=original,
-        attention_factor=_optional_number(rope, "attention_factor", 1000.0),
+        attention_factor=_optional_number(rope, "attention_factor"),
         # Zero means "the default", as in transformers.
-        beta_fast=rope.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 0.0, 1e6, 1.0) or 1.0,
+        beta_fast=rope.number("beta_fast", MIN_BETA, 1e6) if rope.get("beta_fast") else 32.0,
+        beta_slow=rope.number("beta_slow", MIN_BETA, 1e6) if rope.get("beta_slow") else 1.0,
         truncate=rope.boolean("truncate", True),
-        mscale=_optional_number(rope, "mscale", 1000.0),
-        mscale_all_dim=_optional_number(rope, "mscale_all_dim", 1000.0),
+        mscale=_optional_number(rope, "mscale"),
+        mscale_all_dim=_optional_number(rope, "mscale_all_dim"),
     )
 
 
-def _optional_number(fields: Fields, key: str, high: float) -> float | None:
-    return fields.number(key, 0.0, high) if fields.has(key) else None
+def _optional_number(fields: Fields, key: str) -> float | None:
+    return fields.number(key, 0.0, 1000.0) if fields.has(key) else None
 
 
 def _gguf_scaling(fields: Fields, max_positions: int) -> RopeScaling:
@@ -422,8 +425,8 @@ def _gguf_scaling(fields: Fields, max_positions: int) -> RopeScaling:
         original_max_position_embeddings=fields.integer(
             "rope.scaling.original_context_length", 1, MAX_POSITIONS, max_positions
         ),
-        beta_fast=decimal(fields.number("rope.scaling.yarn_beta_fast", 1e-6, 1e6, 32.0)),
-        beta_slow=decimal(fields.number("rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1.0)),
+        beta_fast=decimal(fields.number("rope.scaling.yarn_beta_fast", MIN_BETA, 1e6, 32.0)),
+        beta_slow=decimal(fields.number("rope.scaling.yarn_beta_slow", MIN_BETA, 1e6, 1.0)),
     )
     if fields.has("rope.scaling.yarn_attn_factor"):
         attention_factor = decimal(fields.number("rope.scaling.yarn_attn_factor", 0.0, 1000.0))

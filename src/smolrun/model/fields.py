@@ -92,15 +92,24 @@ class Fields:
             raise self.error(key, "a string", value)
         return value
 
-    def sequence(self, key: str, length: int) -> Sequence[object]:
-        """A sequence of at most `length` values."""
+    def sequence(self, key: str, length: int) -> list[object]:
+        """The values of a list of at most `length`."""
+        count = self.length(key, length)
+        value = cast("Sequence[object]", self.get(key))
+        return [value[index] for index in range(count)]
+
+    def length(self, key: str, length: int) -> int:
+        """How many values a list of at most `length` has."""
         value = self.get(key)
-        if isinstance(value, (str, bytes)) or not hasattr(value, "__getitem__"):
-            raise self.error(key, f"a list of at most {length} values", value)
         # Arrays of GGUF files may be NumPy arrays or lazy sequences: only len and [] are asked.
-        if isinstance(value, Mapping) or not hasattr(value, "__len__") or len(value) > length:
+        if (
+            isinstance(value, (str, bytes, Mapping))
+            or not hasattr(value, "__getitem__")
+            or not hasattr(value, "__len__")
+            or len(value) > length
+        ):
             raise self.error(key, f"a list of at most {length} values", value)
-        return [value[index] for index in range(len(value))]
+        return len(value)
 
     def section(self, key: str) -> Fields | None:
         """A mapping inside this one, None where absent."""

@@ -81,7 +81,9 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 def _uniform(seed: int, name: str, count: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """(begin, values in (-1, 1)) in pieces: 16 bits of a counter-based stream per value."""
     digest = hashlib.sha256(name.encode()).digest()
-    stream = np.random.Philox(key=[seed, int.from_bytes(digest[:8], "little")])
+    # As an array: NumPy would take a list with numbers past 2**63 for floats, and round them.
+    key = np.array([seed, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
+    stream = np.random.Philox(key=key)
     for begin in range(0, count, _CHUNK):
         size = min(_CHUNK, count - begin)
         bits = stream.random_raw((size + 3) // 4).astype("<u8", copy=False).view("<u2")[:size]
