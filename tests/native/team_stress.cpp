@@ -1,0 +1,76 @@
+// Drives a Team through many short phases; built with -fsanitize=thread by test_threads.py.
+// Ends with 0, or says what went wrong.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+#include "threads.h"
+
+namespace {
+
+constexpr int kPhases = 30;
+
+// Every value must have been raised once by every phase before the next one reads it: a phase that
+// starts too early sees unequal values, and ThreadSanitizer sees the race.
+bool phases_are_ordered(smolrun::Team& team, int steps) {
+    std::vector<int64_t> values(211);
+    for (int step = 0; step < steps; ++step) {
+        std::atomic<int> wrong{0};
+        team.run([&](smolrun::Worker& worker) {
+            for (int phase = 0; phase < kPhases; ++phase) {
+                const int64_t chunks = 1 + phase % 13;
+                worker.phase(chunks, [&](int64_t) {
+                    for (const int64_t value : values) {
+                        if (value != step * kPhases + phase) ++wrong;
+                    }
+                });
+                worker.phase(0, [&](int64_t) { ++wrong; });
+                worker.phase(chunks, [&](int64_t chunk) {
+                    for (size_t i = static_cast<size_t>(chunk); i < values.size();
+                         i += static_cast<size_t>(chunks)) {
+                        ++values[i];
+                    }
+                });
+            }
+        });
+        if (wrong != 0 || values[0] != (step + 1) * kPhases) return false;
+    }
+    return true;
+}
+
+// An exception on any thread ends the step for all, and the team goes on.
+bool exceptions_come_out(smolrun::Team& team) {
+    int caught = 0;
+    for (int step = 0; step < 40; ++step) {
+        try {
+            team.run([&](smolrun::Worker& worker) {
+                for (int phase = 0; phase < 10; ++phase) {
+                    worker.phase(8, [&](int64_t chunk) {
+                        if (phase == step % 10 && chunk == step % 8) throw std::runtime_error("");
+                    });
+                }
+            });
+        } catch (const std::runtime_error&) {
+            ++caught;
+        }
+    }
+    return caught == 40;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int steps = argc > 1 ? std::atoi(argv[1]) : 20;
+    for (const int threads : {1, 2, 3, 8}) {
+        smolrun::Team team(threads);
+        if (!phases_are_ordered(team, steps) || !exceptions_come_out(team) ||
+            !phases_are_ordered(team, steps)) {
+            std::printf("%d threads: wrong\n", threads);
+            return 1;
+        }
+    }
+    for (int i = 0; i < 50; ++i) smolrun::Team(4);  // never used
+    return 0;
+}
