@@ -46,14 +46,20 @@ void unpack_codes(const std::byte* block, int piece, Piece& out) {
     const std::byte* low_plane = block + at.low + piece * 4 * at.low_bits * kRows;
     const std::byte* high_plane = block + at.high + piece * 4 * at.high_bits * kRows;
     for (int index = 0; index < kPiece; ++index) {
-        uint32_t code[kRows], high[kRows] = {};
+        uint32_t code[kRows];
         read_plane<at.low_bits>(low_plane, index, code);
-        if constexpr (at.high_bits != 0) read_plane<at.high_bits>(high_plane, index, high);
+        if constexpr (at.high_bits != 0) {
+            uint32_t high[kRows];
+            read_plane<at.high_bits>(high_plane, index, high);
+            for (int row = 0; row < kRows; ++row) code[row] |= high[row] << at.low_bits;
+        }
         int16_t* codes = out.codes[quad_position(index)];
         for (int row = 0; row < kRows; ++row) {
-            const int whole = static_cast<int>(code[row] | high[row] << at.low_bits);
-            codes[row] =
-                static_cast<int16_t>(at.lookup ? kNonlinearValues[whole & 15] : whole - at.offset);
+            if constexpr (at.lookup) {
+                codes[row] = kNonlinearValues[code[row]];
+            } else {
+                codes[row] = static_cast<int16_t>(static_cast<int>(code[row]) - at.offset);
+            }
         }
     }
 }
