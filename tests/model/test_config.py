@@ -292,6 +292,12 @@ def test_gguf_head_sizes() -> None:
     assert read_gguf(SMOLLM2_135M_GGUF, **explicit).head_dim == 32
 
 
+def test_gguf_heads_that_tensor_shapes_can_not_tell_apart() -> None:
+    """32 heads of 64 have the shapes of 16 heads of 128; the RoPE size tells."""
+    with pytest.raises(UnsupportedError, match="rope.dimension_count is 128"):
+        read_gguf(SMOLLM3_3B_GGUF, **{"attention.head_count": 32, "attention.head_count_kv": 8})
+
+
 def test_gguf_vocabulary_size_may_come_from_the_tokens() -> None:
     metadata = without(SMOLLM2_135M_GGUF, "llama.vocab_size")
     with pytest.raises(ModelFormatError, match=r"llama\.vocab_size"):

@@ -109,6 +109,25 @@ def test_each_tensor_missing_or_of_another_shape_is_named(name: str) -> None:
         assert str(other) in message
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 5},
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": 1024},
+        {"hidden_size": 65},
+        {"intermediate_size": 97},
+        {"vocab_size": 97},
+        {"num_attention_heads": 5, "num_key_value_heads": 1},
+        {"head_dim": 34},
+    ],
+)
+def test_a_configuration_that_is_off_by_one_does_not_fit_the_tensors(
+    changes: dict[str, int],
+) -> None:
+    assert "tensor model." in refused(small_config(**changes), tensors(small_config()))
+
+
 def test_tensors_that_no_kernel_may_read_are_refused() -> None:
     config = small_config()
     found = tensors(config)

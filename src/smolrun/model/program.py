@@ -234,6 +234,7 @@ class ProgramBuilder:
     _operations: list[Operation] = field(default_factory=list)
     _buffers: dict[str, int] = field(default_factory=dict)
     _weights: dict[str, Shape] = field(default_factory=dict)
+    _cached_layers: list[int] = field(default_factory=list)  # whose norm_qkv is written down
 
     def buffer(self, name: str, width: int) -> str:
         """Declares a buffer of `width` float32 per token; returns its name."""
@@ -277,6 +278,7 @@ class ProgramBuilder:
             self._expect(weight, rows, width)
             self._expect_bias(bias, rows)
         self._expect_width(out, q_rows)
+        self._cached_layers.append(layer)
         self._operations.append(
             NormQKV(
                 input, norm, config.rms_norm_eps, q, k, v, q_bias, k_bias, v_bias, rope, layer, out
@@ -288,7 +290,7 @@ class ProgramBuilder:
         rows = self.config.num_attention_heads * self.config.head_dim
         self._expect_width(input, rows)
         self._expect_width(out, rows)
-        if not any(isinstance(o, NormQKV) and o.layer == layer for o in self._operations):
+        if layer not in self._cached_layers:
             raise ValueError(f"attention of layer {layer} stands before its norm_qkv")
         if input == out:
             raise ValueError("attention can not write over its queries")
@@ -331,10 +333,10 @@ class ProgramBuilder:
 
     def build(self) -> Program:
         """The finished listing; ValueError where a layer is missing or out of order."""
-        stored = [o.layer for o in self._operations if isinstance(o, NormQKV)]
-        if stored != list(range(self.config.num_hidden_layers)):
+        layers = self.config.num_hidden_layers
+        if self._cached_layers != list(range(layers)):
             raise ValueError(
-                f"norm_qkv runs for layers {stored}, the model has {self.config.num_hidden_layers}"
+                f"norm_qkv runs for layers {self._cached_layers}, the model has {layers}"
             )
         kinds = [operation.kind for operation in self._operations]
         if kinds[0] != "embed" or kinds[-1] != "norm_logits":
