@@ -1,4 +1,7 @@
 // float16 and bfloat16 in portable C++, and loads from memory of any alignment.
+//
+// All static: files of different instruction sets include this, and of an inline function the
+// linker keeps one copy for all, which might be the one that this CPU can not run.
 #pragma once
 
 #include <bit>
@@ -9,17 +12,17 @@
 namespace smolrun {
 
 template <class T>
-inline T load(const std::byte* at) {
+static inline T load(const std::byte* at) {
     T value;
     std::memcpy(&value, at, sizeof value);
     return value;
 }
 
-inline float float_from_bfloat16(uint16_t bits) {
+static inline float float_from_bfloat16(uint16_t bits) {
     return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-inline float float_from_half(uint16_t bits) {
+static inline float float_from_half(uint16_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
     const uint32_t rest = bits & 0x7fffu;
     // The exponent is rebased by a multiplication with 2^112, which is exact and turns subnormal
@@ -30,7 +33,7 @@ inline float float_from_half(uint16_t bits) {
 }
 
 // Rounds to nearest even; too large becomes infinite; NaN stays NaN.
-inline uint16_t half_from_float(float value) {
+static inline uint16_t half_from_float(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
     const uint32_t sign = bits >> 16 & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
