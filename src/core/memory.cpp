@@ -11,6 +11,7 @@
 #include <utility>
 
 namespace smolrun {
+#ifdef __linux__
 namespace {
 
 struct Pages {
@@ -25,6 +26,7 @@ Pages whole_pages(const std::byte* data, size_t bytes) {
 }
 
 }  // namespace
+#endif
 
 size_t page_bytes() {
     static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));

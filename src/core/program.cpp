@@ -34,7 +34,7 @@ void check_dimensions(const ProgramSpec& spec) {
     check_range("num_hidden_layers", d.num_hidden_layers, 1, 1 << 16);
     check_range("vocab_size", d.vocab_size, 1, kLargestDimension);
     check_range("max_step_tokens", d.max_step_tokens, 1, 1 << 16);
-    check_range("threads", d.threads, 1, 1024);
+    check_threads(d.threads);
     if (d.head_dim % 2 != 0) {
         throw std::invalid_argument("head_dim is " + std::to_string(d.head_dim) +
                                     "; expected an even number");
@@ -375,10 +375,16 @@ void Program::link() {
     memory_ = std::move(memory);
 }
 
+void check_threads(int threads) { check_range("threads", threads, 1, 1024); }
+
 void Program::set_threads(int threads) {
-    check_range("threads", threads, 1, 1024);
-    dimensions_.threads = threads;
-    link();
+    const int before = std::exchange(dimensions_.threads, threads);
+    try {
+        link();
+    } catch (...) {
+        dimensions_.threads = before;
+        throw;
+    }
 }
 
 // As transformers computes them, where the angle is a float32 product.

@@ -31,6 +31,9 @@ struct ProgramSpec {
     std::string isa;
 };
 
+// std::invalid_argument where a program can not run on so many.
+void check_threads(int threads);
+
 // Operations linked to memory that it owns. Weights stay the caller's.
 class Program {
   public:

@@ -49,7 +49,7 @@ Runner::Runner(ProgramSpec spec, int64_t kv_blocks)
               : kv_blocks,
           program_.dimensions().num_hidden_layers, program_.dimensions().num_key_value_heads,
           program_.dimensions().head_dim) {
-    team_.emplace(program_.dimensions().threads);
+    team_ = std::make_unique<Team>(program_.dimensions().threads);
 }
 
 Runner::Use::Use(Runner& runner) : runner_(runner) {
@@ -197,8 +197,10 @@ void Runner::release_blocks(const int32_t* blocks, int64_t count) {
 
 void Runner::set_threads(int threads) {
     if (threads == program_.dimensions().threads) return;
+    check_threads(threads);
+    auto team = std::make_unique<Team>(threads);  // may fail, and the old one must live on then
     program_.set_threads(threads);
-    team_.emplace(threads);
+    team_ = std::move(team);
 }
 
 }  // namespace smolrun

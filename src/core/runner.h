@@ -3,7 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <vector>
 
 #include "kv.h"
@@ -66,7 +66,7 @@ class Runner {
 
     Program program_;
     KvPool kv_;
-    std::optional<Team> team_;
+    std::unique_ptr<Team> team_;
     std::atomic<bool> busy_{false};
 
     // The prepared step. The arrays are copies: their owner may change them at any time.

@@ -5,6 +5,9 @@
 
 #include <cfenv>
 #include <limits>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 namespace smolrun {
@@ -81,9 +84,12 @@ Team::Team(int threads)
     try {
         workers_.reserve(static_cast<size_t>(threads_ - 1));
         for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
-    } catch (...) {
+    } catch (const std::system_error& error) {
+        const size_t started = workers_.size() + 1;
         stop();
-        throw;
+        throw std::runtime_error("the system lets this process start only " +
+                                 std::to_string(started) + " of " + std::to_string(threads_) +
+                                 " threads (" + error.what() + "); ask for fewer");
     }
 }
 

@@ -122,6 +122,29 @@ def test_an_interrupt_waits_for_the_step() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
 
 
+@needs_proc
+def test_a_system_that_refuses_threads() -> None:
+    done = run_python("""
+        import resource
+        runner = model.runner(threads=2)
+        expected = run(runner)
+        taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        limit = taken + (128 << 20)  # a thread's stack takes 8 MiB of it
+        threading.stack_size(0)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for build in (lambda: runner.set_threads(512), lambda: model.runner(threads=512)):
+            try:
+                build()
+            except (RuntimeError, MemoryError) as error:
+                print(type(error).__name__)
+        assert runner.threads == 2
+        assert np.array_equal(run(runner), expected)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
+    assert "RuntimeError" in done.stdout
+
+
 def status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
