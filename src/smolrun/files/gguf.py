@@ -163,15 +163,13 @@ class _Parser:
             value = bytes(self.buffer[start : min(end, start + 64)])
             self.fail(field, f"byte {error.start} is not UTF-8 in {shown(value)}")
 
-    def count(self, field: str, limit: int, least_bytes: int) -> int:
-        """A count that the rest of the file can hold."""
-        count = self.u64(field)
+    def check_count(self, field: str, count: int, limit: int, least_bytes: int) -> None:
+        """Refuse a count of things of `least_bytes` each that the rest of the file can not hold."""
         left = self.size - self.position
         if count > left // least_bytes:
             self.fail(field, f"{count} do not fit the {left} bytes left of the file")
         if count > limit:
             self.fail(field, f"{count}, expected at most {limit}")
-        return count
 
     # -- metadata -----------------------------------------------------------------------------
 
@@ -206,7 +204,8 @@ class _Parser:
         if type_id != _STRING and type_id not in _SCALARS:
             self.fail(field, f"unknown element type {type_id}")
         least = 8 if type_id == _STRING else _SCALARS[type_id][1].itemsize
-        count = self.count(f"length of {field}", MAX_ARRAY_ELEMENTS, least)
+        count = self.u64(f"length of {field}")
+        self.check_count(f"length of {field}", count, MAX_ARRAY_ELEMENTS, least)
         if type_id == _STRING:
             return "string", self.strings(field, count)
         return self.scalars(field, type_id, count)
@@ -358,9 +357,10 @@ class _Parser:
         if opened.version not in (2, 3):
             big_endian = " (a big-endian file)" if opened.version == 3 << 24 else ""
             self.fail("version", f"expected 2 or 3, found {opened.version}{big_endian}")
-        # The tensor count comes first, but only the rest of the file after it bounds both.
-        tensor_count = self.count("tensor count", MAX_TENSORS, _MIN_TENSOR_ENTRY_BYTES)
-        key_count = self.count("metadata count", MAX_METADATA_KEYS, _MIN_ENTRY_BYTES)
+        tensor_count = self.u64("tensor count")
+        key_count = self.u64("metadata count")
+        self.check_count("tensor count", tensor_count, MAX_TENSORS, _MIN_TENSOR_ENTRY_BYTES)
+        self.check_count("metadata count", key_count, MAX_METADATA_KEYS, _MIN_ENTRY_BYTES)
         self.read_metadata(key_count)
         split = opened.metadata.get("split.count", 1)
         if split not in (0, 1):
