@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from smolrun.quant.types import WeightType
+from tests.native.mappings import resident_of_size
 from tests.native.models import Model, blocks_for, ints, run_sequence, small_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -159,9 +160,9 @@ def test_runners_leave_neither_threads_nor_memory_behind() -> None:
     def cycle(count: int) -> None:
         for _ in range(count):
             runner = model.runner(threads=4, kv_blocks=256)
-            run_sequence(runner, CONFIG, TOKENS, blocks_for(40), 40)
+            run_sequence(runner, CONFIG, TOKENS[:8], blocks_for(8), 8)
             runner.set_threads(2)
-            run_sequence(runner, CONFIG, TOKENS, blocks_for(40), 40)
+            run_sequence(runner, CONFIG, TOKENS[:8], blocks_for(8), 8)
             del runner
 
     cycle(20)
@@ -170,26 +171,31 @@ def test_runners_leave_neither_threads_nor_memory_behind() -> None:
     cycle(100)
     gc.collect()
     assert status("Threads") <= threads
-    assert status("VmRSS") - resident < 8 * 1024  # KiB; one runner's scratch alone takes more
+    # AddressSanitizer holds freed memory back.
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        assert status("VmRSS") - resident < 8 * 1024  # KiB; one runner's scratch takes more
 
 
 @needs_proc
 def test_cache_memory_is_taken_as_it_is_used_and_given_back() -> None:
-    wide = small_config(num_hidden_layers=16, no_rope_layers=None, num_key_value_heads=8)
-    model = Model.random(wide, [WeightType.F32])
-    runner = model.runner(kv_blocks=100_000)
-    assert runner.kv_block_bytes == 32 * wide.kv_bytes_per_token
-    assert runner.memory["kv_cache"] == 100_000 * runner.kv_block_bytes
-    tokens = ints(np.arange(640) % 300)
-    run_sequence(runner, wide, tokens[:32], ints([99_999]), 32)
-    before = status("VmRSS")
+    config = small_config(
+        hidden_size=32, intermediate_size=32, vocab_size=10, num_key_value_heads=8,
+        num_hidden_layers=16, no_rope_layers=None,
+    )  # fmt: skip
+    runner = Model.random(config, [WeightType.F32]).runner(kv_blocks=100_000)
+    assert runner.kv_block_bytes == 32 * config.kv_bytes_per_token
+    size = runner.memory["kv_cache"]
+    assert size == 100_000 * runner.kv_block_bytes
+    tokens = ints(np.arange(640) % 10)
+    # The scratch may share the mapping; its pages have been touched then.
+    run_sequence(runner, config, tokens[:32], ints([99_999]), 32)
+    before = resident_of_size(size)
     blocks = blocks_for(640, 1000)
-    run_sequence(runner, wide, tokens, blocks, 32)
-    used = status("VmRSS")
-    expected = 20 * runner.kv_block_bytes // 1024
-    assert 0.8 * expected < used - before < 1.5 * expected
+    run_sequence(runner, config, tokens, blocks, 32)
+    used = resident_of_size(size) - before
+    assert 20 * runner.kv_block_bytes <= used <= 22 * runner.kv_block_bytes
     runner.release_blocks(blocks)
-    assert status("VmRSS") < used - 0.8 * expected
+    assert resident_of_size(size) - before <= 2 * runner.kv_block_bytes
 
 
 def test_many_python_threads_with_runners_of_their_own() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from smolrun import _core
 from smolrun.quant.types import WeightType
+from tests.native.mappings import resident_around
 from tests.native.models import Model, blocks_for, ints, random_blocks, run_sequence, small_config
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
@@ -99,20 +99,6 @@ def test_the_source_must_be_bytes_in_one_piece() -> None:
 # --- pages of files
 
 
-def resident_bytes(data: npt.NDArray[np.uint8]) -> int:
-    """How much of the mapping that holds `data` is in this process's memory."""
-    address = data.ctypes.data
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            begin, end = (int(part, 16) for part in first.split("-"))
-            inside = begin <= address < end
-        elif inside and first == "Rss:":
-            return 1024 * int(line.split()[1])
-    raise AssertionError("not mapped")
-
-
 @linux_only
 def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
     rows, columns = 4096, 4096
@@ -123,9 +109,9 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     data = np.frombuffer(mapped, dtype=np.uint8)[100:]
     kept = _core.Weight("Q4_0", rows, columns, data)
-    assert resident_bytes(data) >= content.size - 8192
+    assert resident_around(data) >= content.size - 8192
     dropped = _core.Weight("Q4_0", rows, columns, data, threads=2, drop_source=True)
-    assert resident_bytes(data) <= 3 * mmap.PAGESIZE
+    assert resident_around(data) <= 3 * mmap.PAGESIZE
     assert np.array_equal(data, content)  # read again from the file
     del kept, dropped, data
     gc.collect()
