@@ -23,11 +23,6 @@ class _Machine(TypedDict):
     physical_cores: int  # among the CPUs this process may run on
     affinity: int  # logical CPUs this process may run on
 
-class _Memory(TypedDict):
-    packed_weights: int  # bytes; weights that are used where they lie in the file do not count
-    kv_cache: int  # bytes of address space; memory is taken as blocks are first used
-    scratch: int  # likewise
-
 def machine() -> _Machine:
     """The processor, as the system describes it."""
 
@@ -134,8 +129,12 @@ class Runner:
         """Bytes of one block of the KV cache: 32 tokens in all layers."""
 
     @property
-    def memory(self) -> _Memory:
-        """Bytes that the runner and its weights hold, by purpose."""
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by purpose: `packed_weights`, `kv_cache`, `scratch`.
+
+        Weights that are used where they lie do not count. Of the cache and the scratch this is the
+        address space: memory is taken as they are first used.
+        """
 
 class kernels:
     """The submodule of single kernels, for tests and benchmarks.

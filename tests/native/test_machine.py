@@ -10,12 +10,15 @@ import pytest
 
 from smolrun import _core
 from smolrun.engine.machine import (
+    Limit,
     choose_threads,
     machine_report,
     memory_available,
     memory_limit,
+    plan_kv_blocks,
 )
 from smolrun.errors import RequestError, ResourceError
+from tests.native.models import small_config
 
 GIB = 1 << 30
 MEMINFO = "MemTotal:       67108864 kB\nMemFree: 100 kB\nMemAvailable:   33554432 kB\n"
@@ -263,3 +266,49 @@ def test_the_report_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     report = machine_report(environ={})
     assert 1 <= report.threads <= report.affinity
     assert 0 < report.memory_available <= report.memory_limit
+
+
+# --- the size of the KV cache
+
+CONFIG = small_config(max_position_embeddings=4096)  # 512 bytes a token, 16 KiB a block
+BLOCK = 32 * CONFIG.kv_bytes_per_token
+HEADROOM = 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("context_size", "sequences", "room_for", "expected", "why"),
+    [
+        (None, 1, 10_000, (4096, 128), "the model's own limit"),
+        (None, 4, 10_000, (4096, 512), "the model's own limit"),
+        (None, 4, 300, (4096, 300), "the model's own limit"),
+        (None, 4, 127, (3840, 127), "what fits in 66 MiB (a test); the model allows 4096"),
+        (None, 1, 8, (256, 8), "what fits"),
+        (1000, 1, 32, (1000, 32), "asked for"),
+        (1, 1, 10, (1, 1), "asked for"),
+        (4096, 2, 256, (4096, 256), "asked for"),
+    ],
+)
+def test_the_pool_holds_what_memory_allows(
+    context_size: int | None,
+    sequences: int,
+    room_for: int,
+    expected: tuple[int, int],
+    why: str,
+) -> None:
+    available = Limit(HEADROOM + room_for * BLOCK, "a test")
+    plan = plan_kv_blocks(CONFIG, context_size, sequences=sequences, available=available)
+    assert (plan.context_size, plan.blocks) == expected
+    assert why in plan.why
+    assert plan.blocks * BLOCK + HEADROOM <= available.value
+
+
+def test_a_pool_that_does_not_fit() -> None:
+    message = r"KV cache of 4096 tokens takes 2 MiB.* 66 MiB .*\(a test\).* fits is 3840 tokens"
+    with pytest.raises(ResourceError, match=message):
+        plan_kv_blocks(CONFIG, 4096, available=Limit(HEADROOM + 127 * BLOCK, "a test"))
+    for too_little in (0, HEADROOM, HEADROOM + 7 * BLOCK):
+        with pytest.raises(ResourceError, match="largest context that fits is 0 tokens"):
+            plan_kv_blocks(CONFIG, available=Limit(too_little, "a test"))
+    for size in (0, -1, 4097):
+        with pytest.raises(RequestError, match=f"context size is {size}; .* 1 to 4096"):
+            plan_kv_blocks(CONFIG, size, available=Limit(GIB, "a test"))

@@ -10,10 +10,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from smolrun import _core
-from smolrun.engine.native import resolve_isa
-from smolrun.errors import RequestError
+from smolrun.engine.native import BLOCK_TOKENS, resolve_isa
+from smolrun.errors import RequestError, ResourceError
+
+if TYPE_CHECKING:
+    from smolrun.model.config import ModelConfig
 
 MAX_THREADS = 1024
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
@@ -223,6 +227,65 @@ def _cgroup_used(version: int, folder: Path) -> int:
     prefix = "" if version == 2 else "total_"
     files = stat.get(prefix + "active_file", 0) + stat.get(prefix + "inactive_file", 0)
     return max(0, (used or 0) - files)
+
+
+# --- KV cache
+
+# What is left free beside the cache: the scratch of a step, logits, the interpreter's own growth.
+_HEADROOM = 64 << 20
+_CONTEXT_STEP = 256  # tokens; a context that had to be cut is a multiple of it
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """How large a KV cache is, and the reason why."""
+
+    context_size: int  # tokens that one sequence may have
+    blocks: int  # of 32 tokens, in the pool
+    why: str
+
+
+def plan_kv_blocks(
+    config: ModelConfig,
+    context_size: int | None = None,
+    *,
+    sequences: int = 1,
+    available: Limit | None = None,
+) -> KvPlan:
+    """Sizes the pool so that it can fill up without running out of memory.
+
+    context_size: tokens of one sequence; None for as many as the model allows and memory holds.
+    sequences: how many whole contexts to make room for, if memory allows; one is the least.
+    available: `memory_available()`, taken when the weights are in memory.
+    RequestError for a context that is not 1 to the model's own limit; ResourceError, saying what
+    would fit, where one whole context does not.
+    """
+    most = config.max_position_embeddings
+    if context_size is not None and not 1 <= context_size <= most:
+        raise RequestError(
+            f"the context size is {context_size}; this model takes 1 to {most} tokens"
+        )
+    available = memory_available() if available is None else available
+    block_bytes = BLOCK_TOKENS * config.kv_bytes_per_token
+    fitting = max(0, available.value - _HEADROOM) // block_bytes
+    wanted = context_size or most
+    blocks = -(-wanted // BLOCK_TOKENS)
+    why = "asked for" if context_size else "the model's own limit"
+    if blocks > fitting:
+        largest = fitting * BLOCK_TOKENS // _CONTEXT_STEP * _CONTEXT_STEP
+        if context_size or largest == 0:
+            raise ResourceError(
+                f"a KV cache of {wanted} tokens takes {_mib(blocks * block_bytes)}, and "
+                f"{_mib(_HEADROOM)} must stay free beside it; {_mib(available.value)} are to be "
+                f"had ({available.why}). The largest context that fits is {largest} tokens"
+            )
+        wanted, blocks = largest, -(-largest // BLOCK_TOKENS)
+        why = f"what fits in {_mib(available.value)} ({available.why}); the model allows {most}"
+    return KvPlan(wanted, min(fitting, blocks * max(1, sequences)), why)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
 
 
 # --- cgroup files
