@@ -218,7 +218,7 @@ def _open_gguf(path: Path, on_error: Callable[[Callable[[], None]], object]) -> 
         generation=_checked_sampling(generation, f"{path}: general.sampling"),
         metadata=file.metadata,
         file_bytes=file.file.size,
-        name=name if isinstance(name, str) and name else path.stem,
+        name=name if isinstance(name, str) and name and name.isprintable() else path.stem,
         files=[file.file],
     )
 

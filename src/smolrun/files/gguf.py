@@ -272,7 +272,7 @@ class _Parser:
 
     def read_tensor_entry(self, index: int) -> _TensorEntry:
         name = self.string(f"name of tensor {index}", MAX_NAME_BYTES)
-        if not name or "\0" in name:
+        if not name or not name.isprintable():
             self.fail(f"name of tensor {index}", f"expected a name, found {shown(name)}")
         field = f"tensor {shown(name)}"
         dimensions = self.u32(f"{field}: number of dimensions")

@@ -289,7 +289,9 @@ def _as_format_error(error: BaseException, origin: str) -> BaseException:
     # A panic of the library derives from BaseException, beside what must go on as it is.
     if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
         return error
-    return ModelFormatError(f"{origin}: not a usable tokenizer: {error}")
+    # The library quotes the file, which may hold what a terminal would obey.
+    problem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    return ModelFormatError(f"{origin}: not a usable tokenizer: {problem}")
 
 
 def _from_json(data: TokenizerData) -> Any:
