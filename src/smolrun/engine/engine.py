@@ -1,0 +1,319 @@
+"""The loop: admit, choose tokens, run one step, sample, hand out.
+
+One thread owns the runner, the KV blocks and every running sequence; everybody else talks to it
+through its inbox. So callers on any number of threads are safe, and their requests share steps.
+An idle loop sleeps.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from smolrun.engine.kv import BlockPool, blocks_for
+from smolrun.engine.runner import Runner
+from smolrun.engine.sampling import SamplingParameters
+from smolrun.engine.scheduler import Chunk, Scheduler, step_arrays
+from smolrun.engine.sequence import FinishReason, Output, Request, Sequence
+from smolrun.errors import (
+    ContextLengthError,
+    NonFiniteError,
+    RequestError,
+    ResourceError,
+    SmolrunError,
+)
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Runs requests over one runner.
+
+    Args:
+        runner: computes steps.
+        vocab_size: width of a row of logits.
+        context_size: most tokens of one request, prompt and answer.
+        kv_blocks: blocks in the runner's pool; they hold at least one whole context.
+        model: identity of the model, for the prefix cache.
+        max_step_tokens: tokens of one step, at most.
+        max_sequences: requests that share steps, at most; others wait their turn.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        vocab_size: int,
+        context_size: int,
+        kv_blocks: int,
+        model: bytes = b"",
+        max_step_tokens: int = 256,
+        max_sequences: int = 16,
+    ) -> None:
+        if blocks_for(context_size) > kv_blocks:
+            raise ResourceError(
+                f"a context of {context_size} tokens needs {blocks_for(context_size)} KV blocks, "
+                f"there are {kv_blocks}"
+            )
+        self.vocab_size = vocab_size
+        self.context_size = context_size
+        self.max_step_tokens = max_step_tokens
+        self.runner = runner
+        # A prefix cache of a quarter of the pool: memory grows with use, not up to the whole pool.
+        self.pool = BlockPool(
+            kv_blocks, model, max_cached=max(kv_blocks // 4, blocks_for(context_size))
+        )
+        self._scheduler = Scheduler(self.pool, max_step_tokens, max_sequences)
+        self._logits = np.empty((max_sequences, vocab_size), np.float32)
+        self._counts = dict.fromkeys(
+            ("requests", "prompt_tokens", "cached_tokens", "completion_tokens"), 0
+        )
+        self._counts |= dict.fromkeys(("cancelled", "corrupted", "failed", "steps"), 0)
+        self._inbox: list[tuple[Callable[[], None], Callable[[Exception], None]]] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
+
+    # --- called from any thread ---
+
+    def submit(
+        self,
+        prompt: Items[int],
+        parameters: SamplingParameters,
+        output: Output,
+        *,
+        stop_ids: Collection[int] = (),
+        salt: bytes = b"",
+    ) -> Request:
+        """Start a request.
+
+        Args:
+            prompt: token ids.
+            parameters: how to sample.
+            output: makes the events that the returned request yields.
+            stop_ids: tokens that end the answer.
+            salt: requests with different salts share no prefix cache.
+
+        Raises:
+            RequestError: the prompt is empty or holds a token outside the vocabulary.
+            ContextLengthError: the prompt leaves no room for a token.
+        """
+        tokens = list(prompt)
+        if not tokens:
+            raise RequestError("prompt: expected at least one token, it is empty")
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            wrong = next(token for token in tokens if not 0 <= token < self.vocab_size)
+            raise RequestError(
+                f"prompt: token {wrong} is not in the vocabulary of {self.vocab_size}"
+            )
+        if len(tokens) >= self.context_size:
+            raise ContextLengthError(len(tokens), self.context_size)
+        sequence = Sequence(tokens, parameters, stop_ids, self.context_size, output, salt)
+        # The loop holds the sequence, not the request: a request that nobody holds is cancelled.
+        self._post(partial(self._scheduler.waiting.append, sequence), sequence.fail)
+        return Request(sequence)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the loop's thread, between two steps, and wait for its result."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(run, future.set_exception)
+        return future.result()
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start, and what is going on now."""
+        return self._counts | {
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "kv_blocks": self.pool.num_blocks,
+            "kv_blocks_held": self.pool.held,
+            "kv_blocks_cached": self.pool.cached,
+        }
+
+    def close(self) -> None:
+        """Stop the loop after its current step; requests that are not done end in an error."""
+        if self._process != os.getpid():
+            return  # a forked child has no loop to stop
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _post(self, action: Callable[[], None], refuse: Callable[[Exception], None]) -> None:
+        """Have the loop run `action`, or `refuse` it when the loop ends first."""
+        if self._process != os.getpid():
+            raise SmolrunError(
+                "this model was loaded before the process forked, and its threads stayed in the "
+                "parent; load the model after the fork, or start processes with 'spawn'"
+            )
+        with self._wake:
+            if self._closed:
+                raise SmolrunError("the model is closed")
+            self._inbox.append((action, refuse))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="smolrun", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    # --- the loop's thread ---
+
+    def _loop(self) -> None:
+        try:
+            while self._take_in():
+                try:
+                    self._turn()
+                except Exception as error:  # a defect of the loop must leave nobody waiting
+                    for sequence in self._scheduler.all():
+                        self._fail(sequence, error)
+        finally:
+            with self._wake:
+                self._closed = True
+                inbox, self._inbox = self._inbox, []
+            ending = SmolrunError("the model was closed before the answer was complete")
+            for sequence in self._scheduler.all():
+                self._fail(sequence, ending)
+            for _, refuse in inbox:
+                refuse(ending)
+
+    def _take_in(self) -> bool:
+        """Wait for something to do and take in what has come; False when it is time to end."""
+        with self._wake:
+            while not (self._inbox or self._closed or self._scheduler.busy):
+                self._wake.wait()
+            if self._closed:
+                return False
+            inbox, self._inbox = self._inbox, []
+        for action, _ in inbox:
+            action()
+        return True
+
+    def _turn(self) -> None:
+        scheduler = self._scheduler
+        for sequence in scheduler.all():
+            if sequence.cancelled:
+                self._counts["cancelled"] += 1
+                self._finish(sequence, "cancelled")
+        try:
+            scheduler.admit()
+        except Exception as error:
+            self._fail(scheduler.waiting[0], error)
+        chunks = scheduler.plan()
+        if chunks:
+            self._step(chunks)
+        elif scheduler.waiting:
+            # Nothing runs that could give blocks back; only forward() holds some.
+            self._fail(
+                scheduler.waiting[0],
+                ResourceError(
+                    f"the request may need {blocks_for(scheduler.waiting[0].kv_tokens)} KV blocks "
+                    f"of {self.pool.num_blocks}, and forward() holds {self.pool.held}; "
+                    "call clear_kv_cache(), or set a smaller max_tokens"
+                ),
+            )
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        """Compute chunks and hand out what comes of them."""
+        rows = [chunk for chunk in chunks if chunk.wants_logits]
+        try:
+            for chunk in chunks:
+                assert chunk.sequence.table is not None
+                self.pool.grow(chunk.sequence.table, chunk.start + chunk.count)
+            step = step_arrays(chunks)
+            self.runner.step(
+                step.tokens,
+                step.positions,
+                step.sequences,
+                step.block_tables,
+                step.logit_rows,
+                self._logits[: len(rows)],
+            )
+        except Exception as error:
+            # Each alone computes the same bits: only who fails alone is at fault.
+            if len(chunks) > 1:
+                for chunk in chunks:
+                    self._step([chunk])
+            else:
+                self._fail(chunks[0].sequence, error)
+            return
+        self._counts["steps"] += 1
+        for chunk in chunks:
+            try:
+                self._advance(chunk, self._logits[rows.index(chunk)] if chunk in rows else None)
+            except Exception as error:
+                self._fail(chunk.sequence, error)
+
+    def _advance(self, chunk: Chunk, logits: npt.NDArray[np.float32] | None) -> None:
+        """Take note of a computed chunk; logits are those of the sequence's last token."""
+        sequence = chunk.sequence
+        sequence.computed = chunk.start + chunk.count
+        if sequence.computed <= sequence.prompt_tokens and (
+            logits is None or chunk.start > sequence.cached_tokens
+        ):
+            sequence.emit(sequence.output.progress(sequence.computed, sequence.prompt_tokens))
+        if logits is None:
+            return
+        token = sequence.sampler.sample(logits, len(sequence.tokens))
+        assert sequence.table is not None
+        # Finite logits vouch for every key and value they depend on.
+        self.pool.commit(sequence.table, sequence.tokens, sequence.computed)
+        reason = sequence.append(token.id)
+        if reason != "stop":
+            events, stopped = sequence.output.push(token)
+            sequence.emit(events)
+            reason = "stop" if stopped else reason
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._leave(sequence)
+        ending = sequence.ending(reason)
+        self._counts["requests"] += 1
+        self._counts["prompt_tokens"] += ending.prompt_tokens
+        self._counts["cached_tokens"] += ending.cached_tokens
+        self._counts["completion_tokens"] += ending.completion_tokens
+        try:
+            sequence.finish(ending)
+        except Exception as error:
+            self._report(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        bad: list[int] = []
+        if isinstance(error, NonFiniteError) and sequence.table is not None:
+            bad = self.pool.discard(sequence.table)
+            sequence.table = None
+            self._counts["corrupted"] += 1
+        self._leave(sequence)
+        if bad:
+            self.runner.zero_blocks(np.array(bad, np.int32))
+        self._report(sequence, error)
+
+    def _report(self, sequence: Sequence, error: Exception) -> None:
+        self._counts["failed"] += 1
+        if not isinstance(error, SmolrunError):
+            wrapped = SmolrunError(f"the request failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        sequence.fail(error)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        if sequence.table is not None:
+            self.pool.release(sequence.table)
+            sequence.table = None

@@ -1,0 +1,197 @@
+"""One request: what its caller holds, and what the loop knows of it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from smolrun.engine.kv import BlockTable
+from smolrun.engine.sampling import SampledToken, Sampler, SamplingParameters
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one request went, in milliseconds; rates in tokens per second."""
+
+    queue_ms: float  # waiting to be let in
+    prompt_ms: float  # from then to the first token
+    predicted_ms: float  # from the first token to the last
+    prompt_n: int  # prompt tokens that were computed (those not found in the prefix cache)
+    predicted_n: int  # tokens sampled
+
+    @property
+    def prompt_per_second(self) -> float:
+        """Prompt tokens computed per second."""
+        return 1000 * self.prompt_n / self.prompt_ms if self.prompt_ms else 0.0
+
+    @property
+    def predicted_per_second(self) -> float:
+        """Tokens generated per second; the first, which the prompt's time covers, left out."""
+        return 1000 * (self.predicted_n - 1) / self.predicted_ms if self.predicted_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a request ended, in tokens."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    completion_tokens: int  # sampled, a stop token included
+    seed: int
+    timings: Timings
+
+
+class Output(Protocol):
+    """Turns tokens into the events that a caller sees. Called on the loop's thread.
+
+    An exception ends the request it belongs to, no other.
+    """
+
+    def progress(self, done: int, total: int) -> Iterable[Any]:
+        """`done` of `total` prompt tokens are computed, the prompt needs more than one step."""
+
+    def push(self, token: SampledToken) -> tuple[Iterable[Any], bool]:
+        """Events for one more token; True when the answer ends here (a stop string)."""
+
+    def finish(self, ending: Ending) -> Iterable[Any]:
+        """The last events. A stop token is never pushed."""
+
+
+class Sequence:
+    """What the loop knows of one request.
+
+    Args:
+        prompt: token ids, at least one, shorter than the context.
+        parameters: how to sample.
+        stop_ids: tokens that end the answer.
+        context_size: most tokens, prompt and answer.
+        output: makes the events.
+        salt: sequences with different salts share no prefix cache.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        parameters: SamplingParameters,
+        stop_ids: Collection[int],
+        context_size: int,
+        output: Output,
+        salt: bytes = b"",
+    ) -> None:
+        self.tokens = list(prompt)  # the prompt, then what was sampled
+        self.prompt_tokens = len(prompt)
+        room = context_size - len(prompt)
+        wanted = room if parameters.max_tokens is None else parameters.max_tokens
+        self.limit = len(prompt) + min(wanted, room)  # length at which it ends
+        self.stop_ids: Collection[int] = () if parameters.ignore_eos else stop_ids
+        self.sampler = Sampler(parameters, prompt)
+        self.output = output
+        self.salt = salt
+        self.table: BlockTable | None = None  # None until it is let in
+        self.computed = 0  # leading tokens whose K and V are in the cache
+        self.cached_tokens = 0
+        self.cancelled = False  # set by any thread, read by the loop
+        # Events for the caller: ("event", it), then ("error", exception) or ("end", None).
+        self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.submitted = time.perf_counter()
+        self.admitted = self.first_token = self.last_token = self.submitted
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens it may have to store; the last one sampled is never fed back."""
+        return self.limit - 1
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that stand there but are not computed yet: 1 while generating."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generating(self) -> bool:
+        """Whether the prompt is through."""
+        return self.remaining == 1 and len(self.tokens) > self.prompt_tokens
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add a sampled token; says whether the answer ends with it."""
+        self.last_token = time.perf_counter()
+        if len(self.tokens) == self.prompt_tokens:
+            self.first_token = self.last_token
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    def emit(self, events: Iterable[Any]) -> None:
+        """Hand events to the caller."""
+        for event in events:
+            self.events.put(("event", event))
+
+    def fail(self, error: Exception) -> None:
+        """Hand the caller an error, the last thing it sees."""
+        self.events.put(("error", error))
+
+    def finish(self, ending: Ending) -> None:
+        """Hand the caller the last events."""
+        self.emit(self.output.finish(ending))
+        self.events.put(("end", None))
+
+    def ending(self, reason: FinishReason) -> Ending:
+        """The account of the whole request."""
+        sampled = len(self.tokens) - self.prompt_tokens
+        return Ending(
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=sampled,
+            seed=self.sampler.seed,
+            timings=Timings(
+                queue_ms=1000 * (self.admitted - self.submitted),
+                prompt_ms=1000 * (self.first_token - self.admitted) if sampled else 0.0,
+                predicted_ms=1000 * (self.last_token - self.first_token) if sampled else 0.0,
+                prompt_n=self.prompt_tokens - self.cached_tokens,
+                predicted_n=sampled,
+            ),
+        )
+
+
+class Request:
+    """The caller's side of a sequence: an iterator of events.
+
+    Iterating raises the request's error. Whoever is interrupted while waiting, or drops the
+    request, cancels it.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._ended:
+            raise StopIteration
+        try:
+            kind, value = self._sequence.events.get()
+        except BaseException:  # Ctrl-C: nobody waits for the answer any more
+            self.cancel()
+            raise
+        if kind == "event":
+            return value
+        self._ended = True
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """End the request within a step; what was generated until then still comes out."""
+        self._sequence.cancelled = True
+
+    def __del__(self) -> None:
+        self.cancel()

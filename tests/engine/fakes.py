@@ -1,0 +1,140 @@
+"""A runner whose logits depend on every token of the sequence, read through its block table."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smolrun.engine.engine import Engine
+from smolrun.engine.kv import BLOCK_TOKENS
+from smolrun.engine.runner import Float32Array, Int32Array
+from smolrun.engine.sampling import SampledToken, SamplingParameters, sampling_parameters
+from smolrun.engine.sequence import Ending
+
+VOCABULARY = 512
+DEFAULTS = SamplingParameters()
+
+
+class FakeRunner:
+    """Stores token ids as "keys"; fails on a slot that was never written or was wiped."""
+
+    kv_block_bytes = BLOCK_TOKENS * 4
+
+    def __init__(self, kv_blocks: int, vocab_size: int = VOCABULARY) -> None:
+        self.vocab_size = vocab_size
+        self.pool = np.full((kv_blocks, BLOCK_TOKENS), -1, np.int64)
+        self.steps: list[tuple[int, int]] = []  # tokens and sequences of each step
+        self.zeroed: list[int] = []
+        self.before: Callable[[Int32Array, Int32Array], None] = lambda tokens, positions: None
+        self.poison: set[int] = set()  # tokens that make every later logit NaN
+        self._gate: threading.Semaphore | None = None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+    def hold(self, steps: int = 0) -> None:
+        """Let `steps` more steps pass, then make them wait."""
+        self._gate = threading.Semaphore(steps)
+
+    def go_on(self) -> None:
+        """Let the step that waits, and all later ones, pass."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.release()
+
+    def zero_blocks(self, blocks: Int32Array, /) -> None:
+        self.zeroed += blocks.tolist()
+        self.pool[blocks] = -1
+
+    def step(
+        self,
+        tokens: Int32Array,
+        positions: Int32Array,
+        sequences: Int32Array,
+        block_tables: Int32Array,
+        logit_rows: Int32Array,
+        logits: Float32Array,
+        hidden: Float32Array | None = None,
+    ) -> None:
+        if self._gate is not None:
+            self._gate.acquire()
+        self.before(tokens, positions)
+        assert logits.shape == (len(logit_rows), self.vocab_size)
+        for array in (tokens, positions, sequences, block_tables, logit_rows):
+            assert array.dtype == np.int32
+        self.steps.append((len(tokens), len(block_tables)))
+        blocks = block_tables[sequences, positions // BLOCK_TOKENS]
+        self.pool[blocks, positions % BLOCK_TOKENS] = tokens
+        for row, out in zip(logit_rows, logits, strict=True):
+            seen = self.seen(block_tables[sequences[row]], int(positions[row]) + 1)
+            out[:] = self.logits_of(seen)
+
+    def seen(self, table: Int32Array, length: int) -> npt.NDArray[np.int64]:
+        seen = self.pool[table].reshape(-1)[:length]
+        assert (seen >= 0).all(), "read a slot that was never written"
+        return seen
+
+    def logits_of(self, tokens: npt.NDArray[np.int64]) -> Float32Array:
+        if self.poison.intersection(tokens.tolist()):
+            return np.full(self.vocab_size, np.nan, np.float32)
+        generator = np.random.default_rng(zlib.crc32(tokens.tobytes()))
+        return 3 * generator.standard_normal(self.vocab_size, np.float32)
+
+
+class TokenOutput:
+    """Hands the tokens out as they are."""
+
+    def __init__(self) -> None:
+        self.on_push: Callable[[SampledToken], None] = lambda token: None
+        self.stop_at: int | None = None
+
+    def progress(self, done: int, total: int) -> Iterable[Any]:
+        return [("progress", done, total)]
+
+    def push(self, token: SampledToken) -> tuple[Iterable[Any], bool]:
+        self.on_push(token)
+        return [token], token.id == self.stop_at
+
+    def finish(self, ending: Ending) -> Iterable[Any]:
+        return [ending]
+
+
+def fake_engine(kv_blocks: int = 64, context_size: int = 256, **options: Any) -> Engine:
+    return Engine(
+        FakeRunner(kv_blocks),
+        vocab_size=VOCABULARY,
+        context_size=context_size,
+        kv_blocks=kv_blocks,
+        **options,
+    )
+
+
+def fake_of(engine: Engine) -> FakeRunner:
+    assert isinstance(engine.runner, FakeRunner)
+    return engine.runner
+
+
+def parameters(**arguments: Any) -> SamplingParameters:
+    return sampling_parameters(arguments, DEFAULTS, VOCABULARY)
+
+
+def collect(events: Iterable[Any]) -> tuple[list[SampledToken], Ending]:
+    """All tokens of a request and how it ended."""
+    *others, ending = events
+    assert isinstance(ending, Ending)
+    return [event for event in others if isinstance(event, SampledToken)], ending
+
+
+def solo(prompt: list[int], arguments: dict[str, Any], **options: Any) -> list[SampledToken]:
+    """What a request gives on a fresh engine of its own."""
+    engine = fake_engine(**options)
+    try:
+        return collect(engine.submit(prompt, parameters(**arguments), TokenOutput()))[0]
+    finally:
+        engine.close()
