@@ -36,7 +36,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 def v2(group: str, files: dict[str, str], mount: str = V2_MOUNT) -> dict[str, str]:
     return {
         "proc/self/cgroup": f"0::{group}\n",
-        "proc/self/mountinfo": "22 1 8:1 / / rw - ext4 /dev/root rw\nbroken line\n" + mount,
+        "proc/self/mountinfo": "22 1 8:1 / / rw - ext4 /dev/vda1 rw\nbroken line\n" + mount,
         **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
     }
 
