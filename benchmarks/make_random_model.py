@@ -148,6 +148,7 @@ def write_gguf(
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(vocabulary.bos_token_id)
     writer.add_eos_token_id(vocabulary.eos_token_id)
+    writer.add_pad_token_id(vocabulary.eos_token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
 
