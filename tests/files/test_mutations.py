@@ -34,6 +34,8 @@ from .images import (
 )
 from .loading import open_whole, run
 
+pytestmark = pytest.mark.fuzz
+
 MUTATIONS = int(os.environ.get("SMOLRUN_FUZZ", "500"))
 EXHAUSTIVE = MUTATIONS >= 10_000
 EDGES = [0, 1, 2, 3, 31, 32, 33, 255, 256, 65_535, 1 << 16, (1 << 31) - 1, 1 << 31]

@@ -121,6 +121,10 @@ print(int(peak) * 1024)
 """
 
 
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers take memory of their own"
+)
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells the peak")
 @pytest.mark.parametrize(
     ("name", "arguments", "dtype", "growth"),
     [
