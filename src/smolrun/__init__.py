@@ -1,0 +1,79 @@
+"""Run the SmolLM family of language models on the CPU you have.
+
+from smolrun import Model
+
+with Model("smollm2-135m") as model:
+    print(model.chat("Why is the sky blue?").text)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from smolrun.api import (
+        EndEvent,
+        Model,
+        ModelConfig,
+        ProgressEvent,
+        ReasoningEvent,
+        Result,
+        TextEvent,
+        Timings,
+        TokenLogprob,
+        Usage,
+    )
+    from smolrun.errors import (
+        ContextLengthError,
+        DownloadError,
+        ModelFormatError,
+        ModelNotFoundError,
+        NonFiniteError,
+        RequestError,
+        ResourceError,
+        SmolrunError,
+        TemplateError,
+        UnsupportedError,
+    )
+
+__all__ = [
+    "ContextLengthError",
+    "DownloadError",
+    "EndEvent",
+    "Model",
+    "ModelConfig",
+    "ModelFormatError",
+    "ModelNotFoundError",
+    "NonFiniteError",
+    "ProgressEvent",
+    "ReasoningEvent",
+    "RequestError",
+    "ResourceError",
+    "Result",
+    "SmolrunError",
+    "TemplateError",
+    "TextEvent",
+    "Timings",
+    "TokenLogprob",
+    "UnsupportedError",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first asked for: `import smolrun` itself costs nothing.
+    if name not in __all__:
+        raise AttributeError(f"module 'smolrun' has no attribute {name!r}")
+    from importlib import import_module
+
+    module = "smolrun.errors" if name.endswith("Error") else "smolrun.api"
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,443 @@
+"""What a user imports: a model to talk to."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+
+from smolrun.engine.answer import (
+    Answer,
+    EndEvent,
+    Event,
+    ProgressEvent,
+    ReasoningEvent,
+    Result,
+    TextEvent,
+    TokenLogprob,
+    Usage,
+)
+from smolrun.engine.forward import Forward
+from smolrun.engine.load import MAX_SEQUENCES, LoadedModel, load_config, load_model
+from smolrun.engine.sampling import SamplingParameters, sampling_parameters
+from smolrun.engine.sequence import Request, Timings
+from smolrun.errors import RequestError, TemplateError
+from smolrun.model.config import ModelConfig
+from smolrun.model.random import random_weights, zero_weights
+from smolrun.quant.types import WeightType
+
+if TYPE_CHECKING:
+    import datetime
+
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Unpack
+
+    from smolrun.files.checkpoint import Dtype
+    from smolrun.text.chat import ChatTemplate
+    from smolrun.text.tokenizer import Tokenizer
+
+__all__ = [
+    "EndEvent",
+    "Event",
+    "Model",
+    "ModelConfig",
+    "ProgressEvent",
+    "ReasoningEvent",
+    "Result",
+    "SamplingArguments",
+    "Stream",
+    "TextEvent",
+    "Timings",
+    "TokenLogprob",
+    "Usage",
+]
+
+DEFAULT_MODEL = "smollm2-135m"
+Messages = str | Sequence[Mapping[str, Any]]
+
+
+class SamplingArguments(TypedDict, total=False):
+    """How to sample. What is left out, or None, is as the model's files or makers recommend.
+
+    The order is: logit bias, penalties, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int | None  # tokens to generate at most; default: what the context leaves
+    temperature: float | None  # 0 to 100; 0 always takes the likeliest token
+    top_k: int | None  # only the k likeliest; 0 or -1: all
+    top_p: float | None  # only the likeliest that together reach p
+    min_p: float | None  # only those at least p times as likely as the likeliest
+    repeat_penalty: float | None  # on logits of the last 64 tokens: positive ones are divided by
+    # it, negative ones multiplied; 1 is off
+    presence_penalty: float | None  # -2 to 2, off the logit of each token of the answer so far
+    frequency_penalty: float | None  # -2 to 2, likewise, times how often it occurred
+    logit_bias: Mapping[int, float] | None  # token id: -100 to 100, added to its logit
+    seed: int | None  # 0 to 2**64 - 1; default: a random one, which the result tells
+    stop: str | Sequence[str] | None  # the answer ends before the first of these
+    logprobs: bool | None  # log-probabilities of the model's own logits
+    top_logprobs: int | None  # and of so many likeliest tokens, at most 20
+    ignore_eos: bool | None  # go on past end-of-text tokens, for measurements
+
+
+class Stream(Iterator[Event]):
+    """The events of one answer, as they come.
+
+    Leaving the loop, or dropping the stream, ends the request. `cancel()` ends it too, but the
+    events up to the end still come.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __next__(self) -> Event:
+        return cast(Event, next(self._request))
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the request within a step."""
+        self._request.cancel()
+
+    def result(self) -> Result:
+        """Wait for the end and return the whole answer."""
+        for event in self:
+            if isinstance(event, EndEvent):
+                return event.result
+        raise RequestError("the stream has already been read to its end")
+
+
+class Model:
+    """A language model, ready to run. Safe to use from any number of threads.
+
+    Requests of several threads share steps, and give the same answers as each alone. A model is
+    closed by `close()`, by leaving a `with` block, or with its last reference.
+
+    Args:
+        name_or_path: a .gguf file, a .safetensors file or a folder; a `user/repo[:quant]` on the
+            Hugging Face Hub; or an alias such as `smollm3-3b:q4_k_m`.
+        dtype: what float weights are held in: "auto" (as stored), "f32", "f16", "bf16".
+        context_size: most tokens of one request, prompt and answer. Default: what the model and
+            the memory allow, at most 32768. More than SmolLM3 was trained for turns YaRN on.
+        threads: default: as many as the CPUs, their cores and the cgroup allow.
+        isa: instruction set, "scalar", "avx2" or "avx512"; default: the fastest there is.
+        max_sequences: requests that run side by side; more wait their turn.
+        download_progress, load_progress: told about slow work; see `files.names.resolve` and
+            `files.weights.native_weights`.
+        offline: never ask the network; default: as HF_HUB_OFFLINE says.
+
+    Raises:
+        ModelNotFoundError, DownloadError: no such model, or it can not be fetched.
+        ModelFormatError: its files are broken. UnsupportedError: smolrun does not run them.
+        TemplateError: its chat template is broken or dangerous.
+        ResourceError: weights and KV cache do not fit in memory.
+        RequestError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        *,
+        dtype: Dtype = "auto",
+        context_size: int | None = None,
+        threads: int | None = None,
+        isa: str | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        download_progress: Any = None,
+        load_progress: Callable[[int, int], None] | None = None,
+        offline: bool | None = None,
+    ) -> None:
+        self._start(
+            load_model(
+                name_or_path,
+                dtype=dtype,
+                context_size=context_size,
+                threads=threads,
+                isa=isa,
+                max_sequences=max_sequences,
+                download_progress=download_progress,
+                load_progress=load_progress,
+                offline=offline,
+            )
+        )
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = DEFAULT_MODEL, **options: Any) -> Model:
+        """The same as `Model(name_or_path, ...)`."""
+        return cls(name_or_path, **options)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int | None = None,
+        weight_type: WeightType = WeightType.F32,
+        context_size: int | None = None,
+        threads: int | None = None,
+        isa: str | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+    ) -> Model:
+        """A model without files, for tests and sizing: `forward` and token prompts work.
+
+        Args:
+            config: sizes; `ModelConfig`, or `smolrun.model.presets.preset(name)`.
+            seed: of random weights; None makes all weights zero.
+            weight_type: F32, F16 or BF16.
+            context_size, threads, isa, max_sequences: as for `Model`.
+        """
+        tensors = (
+            zero_weights(config, weight_type)
+            if seed is None
+            else random_weights(config, seed, weight_type)
+        )
+        model = cls.__new__(cls)
+        model._start(
+            load_config(
+                config,
+                tensors,
+                context_size=context_size,
+                threads=threads,
+                isa=isa,
+                max_sequences=max_sequences,
+            )
+        )
+        return model
+
+    def _start(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self._forward = Forward(loaded.engine)
+        # Also at exit: the loop must not outlive what it computes with.
+        self._finalizer = weakref.finalize(self, loaded.engine.close)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, context_size={self.context_size})"
+
+    # --- what it is
+
+    @property
+    def name(self) -> str:
+        """What the files call the model."""
+        return self.loaded.name
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and settings, under the names of Hugging Face configurations."""
+        return self.loaded.config
+
+    @property
+    def context_size(self) -> int:
+        """Most tokens of one request, prompt and answer."""
+        return self.loaded.engine.context_size
+
+    @property
+    def notes(self) -> list[str]:
+        """What was decided at load that a user should know, one sentence each."""
+        return self.loaded.notes
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """RequestError for a model that has none."""
+        if self.loaded.tokenizer is None:
+            raise RequestError(f"{self.name}: this model has no tokenizer; pass token ids")
+        return self.loaded.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """TemplateError for a model that has none."""
+        if self.loaded.template is None:
+            raise TemplateError(
+                f"{self.name}: this model has no chat template; use generate() with plain text"
+            )
+        return self.loaded.template
+
+    @property
+    def default_sampling(self) -> SamplingParameters:
+        """How a request is sampled that does not say."""
+        return self.loaded.sampling
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of requests, tokens and KV blocks since the start."""
+        return self.loaded.engine.statistics()
+
+    # --- logits
+
+    def forward(
+        self, input_ids: npt.ArrayLike, start_pos: int = 0, all_positions: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Logits of tokens, with a KV cache that the next call may continue.
+
+        Args:
+            input_ids: (batch, n) or (n,) token ids.
+            start_pos: position of the first; 0 starts anew, otherwise up to the number of tokens
+                already passed, whose keys and values are kept.
+            all_positions: logits of every position instead of the last.
+
+        Returns:
+            float32 (batch, 1, vocab_size), or (batch, n, vocab_size) for all positions.
+
+        Raises:
+            RequestError: wrong shape, token or start_pos. ContextLengthError: too many tokens.
+            ResourceError: no KV blocks to be had for this batch.
+        """
+        return self._forward.forward(input_ids, start_pos, all_positions)
+
+    def clear_kv_cache(self) -> None:
+        """Give back the KV cache of `forward`."""
+        self._forward.clear()
+
+    # --- text
+
+    def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Token ids of a text; `parse_special`: the text of a control token means that token."""
+        return self.tokenizer.encode(text, parse_special=parse_special)
+
+    def detokenize(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_special=skip_special)
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        think: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime.date | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that the model is given for a conversation; arguments as of `chat`."""
+        return self.template.render(
+            _as_messages(messages),
+            tools=tools,
+            enable_thinking=think,
+            date=date,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self, prompt: str | Sequence[int], **sampling: Unpack[SamplingArguments]
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **sampling: Unpack[SamplingArguments]
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        **sampling: Unpack[SamplingArguments],
+    ) -> Result | list[Result]:
+        """Continue plain text, or token ids, without a chat template.
+
+        Args:
+            prompt: a text or a list of token ids; or a list of these, which run side by side.
+            sampling: see `SamplingArguments`.
+
+        Raises:
+            RequestError: an argument is wrong; the message begins with its name.
+            ContextLengthError: a prompt does not fit the context.
+            NonFiniteError: the model computed NaN or infinity.
+        """
+        if isinstance(prompt, (str, bytes)) or not _is_list(prompt):
+            return self._submit(self._prompt_ids(prompt), sampling, chat=False).result()
+        items: list[Any] = list(prompt)
+        if not items:
+            raise RequestError("prompt: expected a text, token ids or a list of these, it is empty")
+        if not isinstance(items[0], str) and not _is_list(items[0]):
+            return self._submit(self._prompt_ids(items), sampling, chat=False).result()
+        prompts = [self._prompt_ids(item) for item in items]
+        streams = [self._submit(ids, sampling, chat=False) for ids in prompts]
+        return [stream.result() for stream in streams]
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        think: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime.date | None = None,
+        **sampling: Unpack[SamplingArguments],
+    ) -> Result:
+        """Answer a conversation.
+
+        Args:
+            messages: objects with `role` and `content`, in order, or the text of a user's message.
+            think: reason before the answer, or not; None leaves it to the model.
+            tools: functions that the model may call (JSON Schema objects).
+            date: what the model takes for today; None is the real date.
+            sampling: see `SamplingArguments`. Stop strings count in the answer, not in the
+                reasoning.
+
+        Raises:
+            RequestError, ContextLengthError, NonFiniteError: as for `generate`.
+            TemplateError: the model's template refuses the messages, tools or thinking.
+        """
+        return self.stream(messages, think=think, tools=tools, date=date, **sampling).result()
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        think: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime.date | None = None,
+        **sampling: Unpack[SamplingArguments],
+    ) -> Stream:
+        """The same as `chat`, piece by piece: an iterator of events, the last an `EndEvent`.
+
+        Wrong arguments raise here, not at the first event.
+        """
+        ids = self.template.encode(
+            _as_messages(messages), tools=tools, enable_thinking=think, date=date
+        )
+        return self._submit(ids, sampling, chat=True)
+
+    def stream_text(
+        self, prompt: str | Sequence[int], **sampling: Unpack[SamplingArguments]
+    ) -> Stream:
+        """The same as `generate` of one prompt, piece by piece."""
+        return self._submit(self._prompt_ids(prompt), sampling, chat=False)
+
+    def close(self) -> None:
+        """Stop the model after its current step; answers under way end in an error."""
+        self._finalizer()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestError(
+                f"prompt: expected a text or token ids, got {prompt!r:.80}"
+            ) from None
+
+    def _submit(self, ids: list[int], sampling: Mapping[str, Any], *, chat: bool) -> Stream:
+        loaded = self.loaded
+        parameters = sampling_parameters(sampling, loaded.sampling, self.config.vocab_size)
+        answer = Answer(loaded.tokenizer, ids, parameters, chat=chat)
+        return Stream(loaded.engine.submit(ids, parameters, answer, stop_ids=loaded.stop_ids))
+
+
+def _as_messages(messages: Messages) -> Sequence[Mapping[str, Any]]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return messages
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))

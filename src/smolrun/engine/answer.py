@@ -1,0 +1,198 @@
+"""From sampled tokens to what a user sees: text, reasoning, and the result at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smolrun.engine.sampling import SampledToken, SamplingParameters
+from smolrun.engine.sequence import Ending, FinishReason, Timings
+from smolrun.errors import RequestError
+from smolrun.text.stop import StopStrings
+from smolrun.text.thinking import ReasoningParser
+from smolrun.text.tokenizer import IncrementalDecoder
+
+if TYPE_CHECKING:
+    from smolrun.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    completion_tokens: int  # all that were sampled: reasoning, and a stop token, included
+    reasoning_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with the natural logarithm of the probability that the model gave it."""
+
+    id: int
+    text: str  # bytes that are no whole character become U+FFFD
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()  # the likeliest tokens in its place
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer."""
+
+    text: str
+    reasoning: str | None  # None where the model did not reason
+    finish_reason: FinishReason  # "stop", "length" (max_tokens or the context), "cancelled"
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None  # of every token but the stop token, if asked for
+    token_ids: tuple[int, ...]  # sampled, without the stop token
+    seed: int  # gives the same answer again
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """A long prompt is being read: `done` of `total` tokens."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ReasoningEvent:
+    """More of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TextEvent:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class EndEvent:
+    """The end; the texts of the events before join to those of the result."""
+
+    result: Result
+
+
+Event = ProgressEvent | ReasoningEvent | TextEvent | EndEvent
+
+
+class Answer:
+    """Makes the events of one request (an `Output` of the engine).
+
+    Args:
+        tokenizer: of the model; None for one that has none, whose answers are token ids only.
+        prompt: token ids; an open think block at their end means that the answer starts inside.
+        parameters: of the request. Stop strings are looked for in the answer, not the reasoning.
+        chat: tell reasoning from the answer; otherwise everything generated is text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        parameters: SamplingParameters,
+        *,
+        chat: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._parser = self._decoder = None
+        if tokenizer is None:
+            if parameters.stop:
+                raise RequestError("stop: this model has no tokenizer to find strings with")
+        elif chat:
+            self._parser = ReasoningParser(tokenizer, prompt)
+        else:
+            self._decoder = IncrementalDecoder(tokenizer, skip_special=True)
+        self._stop = StopStrings(parameters.stop)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = [] if parameters.logprobs else None
+
+    def progress(self, done: int, total: int) -> list[Event]:
+        """See `Output`."""
+        return [ProgressEvent(done, total)]
+
+    def push(self, token: SampledToken) -> tuple[list[Event], bool]:
+        """See `Output`."""
+        self._ids.append(token.id)
+        if self._logprobs is not None:
+            self._logprobs.append(self._logprob(token))
+        reasoning = text = ""
+        if self._parser is not None:
+            reasoning, text = self._parser.push(token.id)
+        elif self._decoder is not None:
+            text = self._decoder.push(token.id)
+        text, stopped = self._stop.push(text)
+        return self._events(reasoning, text), stopped
+
+    def finish(self, ending: Ending) -> list[Event]:
+        """See `Output`."""
+        reason = ending.finish_reason
+        reasoning = text = ""
+        if not self._stop.stopped:
+            if self._parser is not None:
+                reasoning, text = self._parser.flush()
+            elif self._decoder is not None:
+                text = self._decoder.flush()
+            text, _ = self._stop.push(text)
+            text += self._stop.flush()[0]
+            if self._stop.stopped:
+                reason = "stop"
+        events = self._events(reasoning, text)
+        result = Result(
+            text="".join(self._text),
+            reasoning="".join(self._reasoning) if self._reasoning else None,
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=ending.prompt_tokens,
+                cached_tokens=ending.cached_tokens,
+                completion_tokens=ending.completion_tokens,
+                reasoning_tokens=self._parser.reasoning_tokens if self._parser else 0,
+            ),
+            timings=ending.timings,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            token_ids=tuple(self._ids),
+            seed=ending.seed,
+        )
+        return [*events, EndEvent(result)]
+
+    def _events(self, reasoning: str, text: str) -> list[Event]:
+        events: list[Event] = []
+        if reasoning:
+            self._reasoning.append(reasoning)
+            events.append(ReasoningEvent(reasoning))
+        if text:
+            self._text.append(text)
+            events.append(TextEvent(text))
+        return events
+
+    def _logprob(self, token: SampledToken) -> TokenLogprob:
+        assert token.logprob is not None
+        return self._described(
+            token.id,
+            token.logprob,
+            tuple(self._described(other, logprob) for other, logprob in token.top_logprobs),
+        )
+
+    def _described(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
+        data = self._tokenizer.token_bytes(token) if self._tokenizer else b""
+        return TokenLogprob(token, data.decode("utf-8", "replace"), data, logprob, top)
