@@ -1,0 +1,204 @@
+// AVX-512 (F, BW, DQ, VL, VNNI): sixteen 32-bit lanes, one for each row of a group.
+//
+// avx2_vector.h offers the same names for eight lanes; simd_*.h are written on them. Everything is
+// in an unnamed namespace and nothing here or there calls an inline function of a shared header at
+// run time: of such a function the linker keeps one copy, which might be the one this CPU lacks.
+#pragma once
+
+// GCC before 13 takes the undefined operands inside its own intrinsics for a mistake (bug 105593).
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define SMOLRUN_INLINE inline __attribute__((always_inline))
+#define SMOLRUN_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace smolrun {
+namespace {
+
+constexpr int kLanes = 16;
+// Tiles of a product of quantized weights: row vectors x tokens. 2 x 6 integer and 2 x 6 float
+// totals leave 8 of the 32 registers for codes and scales.
+constexpr int kTileVectors = 2;
+constexpr int kTileTokens = 6;
+// Up to this many tokens meet the codes as they are unpacked, without a scratch copy.
+constexpr int kDirectTokens = 4;
+// Tiles of a product of float weights: 4 rows x tokens.
+constexpr int kFloatTileTokens = 6;
+// Tiles of attention: query heads that share a load of K or V.
+constexpr int kTileHeads = 4;
+// How far ahead of its use a weight is asked for.
+constexpr int64_t kPrefetchBytes = 1024;
+
+using Floats = __m512;
+using Words = __m512i;  // 32-bit integers, or pairs of 16-bit ones
+
+SMOLRUN_INLINE Floats broadcast(float x) { return _mm512_set1_ps(x); }
+SMOLRUN_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
+SMOLRUN_INLINE void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+
+SMOLRUN_INLINE __mmask16 first_lanes(int64_t count) {
+    return static_cast<__mmask16>((1u << count) - 1);
+}
+// The first `count` lanes (0 to 16); the others are 0 and their memory is not touched.
+SMOLRUN_INLINE Floats load_part(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+SMOLRUN_INLINE void store_part(float* to, Floats x, int64_t count) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), x);
+}
+// x in the first `count` lanes (any number), `other` in the rest.
+SMOLRUN_INLINE Floats select_first(Floats x, Floats other, int64_t count) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 mask =
+        _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(static_cast<int>(count)));
+    return _mm512_mask_blend_ps(mask, other, x);
+}
+
+SMOLRUN_INLINE Floats load_f16(const void* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+SMOLRUN_INLINE Floats widen_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+SMOLRUN_INLINE Floats load_bf16(const void* from) {
+    return widen_bf16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+SMOLRUN_INLINE Floats load_bf16_part(const void* from, int64_t count) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+// Rounded to nearest even.
+SMOLRUN_INLINE void store_f16(uint16_t* to, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+SMOLRUN_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+SMOLRUN_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+// a * b + c, and c - a * b.
+SMOLRUN_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+SMOLRUN_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+// b where either is NaN.
+SMOLRUN_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+SMOLRUN_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+SMOLRUN_INLINE Floats round(Floats x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// x * 2^n, n a whole number in a float; overflows to infinity, underflows gradually.
+SMOLRUN_INLINE Floats scale_by_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+
+SMOLRUN_INLINE __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
+SMOLRUN_INLINE __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+SMOLRUN_INLINE __m128 fold(__m512 x) {
+    const __m256 y = _mm256_add_ps(low_half(x), high_half(x));
+    return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
+SMOLRUN_INLINE float max_lane(Floats x) {
+    const __m256 y = _mm256_max_ps(low_half(x), high_half(x));
+    __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    z = _mm_max_ps(z, _mm_movehl_ps(z, z));
+    return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+}
+// total += squares of x, in double.
+struct Doubles {
+    __m512d low, high;
+};
+SMOLRUN_INLINE void add_squares(Floats x, Doubles& total) {
+    const __m512d low = _mm512_cvtps_pd(low_half(x));
+    const __m512d high = _mm512_cvtps_pd(high_half(x));
+    total.low = _mm512_fmadd_pd(low, low, total.low);
+    total.high = _mm512_fmadd_pd(high, high, total.high);
+}
+SMOLRUN_INLINE double sum_lanes(const Doubles& x) {
+    const __m512d y = _mm512_add_pd(x.low, x.high);
+    const __m256d z = _mm256_add_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1));
+    const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(z), _mm256_extractf128_pd(z, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+
+SMOLRUN_INLINE Words zero_words() { return _mm512_setzero_si512(); }
+SMOLRUN_INLINE Words broadcast_word(int32_t x) { return _mm512_set1_epi32(x); }
+SMOLRUN_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+SMOLRUN_INLINE void store_words(void* to, Words x) { _mm512_storeu_si512(to, x); }
+// Two neighbouring 16-bit codes in every lane.
+SMOLRUN_INLINE Words broadcast_pair(const int16_t* from) {
+    int32_t pair;
+    __builtin_memcpy(&pair, from, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+// total + the two products of 16-bit codes in each lane.
+SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
+    return _mm512_dpwssd_epi32(total, codes, pair);
+}
+SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
+SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm512_or_si512(a, b); }
+// Lanes moved to the right by `count` bits; to the left where it is negative.
+template <int count>
+SMOLRUN_INLINE Words shift_right(Words x) {
+    if constexpr (count > 0) {
+        return _mm512_srli_epi32(x, count);
+    } else if constexpr (count < 0) {
+        return _mm512_slli_epi32(x, -count);
+    } else {
+        return x;
+    }
+}
+SMOLRUN_INLINE Words shift_right_by(Words x, int count) {
+    return _mm512_srl_epi32(x, _mm_cvtsi32_si128(count));
+}
+template <int count>
+SMOLRUN_INLINE Words shift_right_16(Words x) {
+    return _mm512_srli_epi16(x, count);
+}
+SMOLRUN_INLINE Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
+SMOLRUN_INLINE Words sub(Words a, Words b) { return _mm512_sub_epi32(a, b); }
+SMOLRUN_INLINE Words mul(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
+SMOLRUN_INLINE Words sub_16(Words a, Words b) { return _mm512_sub_epi16(a, b); }
+SMOLRUN_INLINE Words mul_16(Words a, Words b) { return _mm512_mullo_epi16(a, b); }
+SMOLRUN_INLINE Words max(Words a, Words b) { return _mm512_max_epi32(a, b); }
+SMOLRUN_INLINE Words bits_of(Floats x) { return _mm512_castps_si512(x); }
+SMOLRUN_INLINE Floats to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
+SMOLRUN_INLINE Words round_to_words(Floats x) { return _mm512_cvtps_epi32(x); }
+// Bytes of each 32-bit word replaced by table[byte], byte < 16.
+SMOLRUN_INLINE Words look_up(const int8_t* table, Words bytes) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), bytes);
+}
+SMOLRUN_INLINE Words widen_u8(const std::byte* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+SMOLRUN_INLINE Words widen_i8(const std::byte* from) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+SMOLRUN_INLINE Words widen_u16(const std::byte* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// Codes, which fit 16 bits, in quad order: 0, 2, 1, 3 of each four.
+SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
+    const __m256i narrow = _mm512_cvtepi32_epi16(x);
+    const __m256i low = _mm256_shufflelo_epi16(narrow, _MM_SHUFFLE(3, 1, 2, 0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+SMOLRUN_INLINE __m128i fold_sum(Words x) {
+    const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+}
+SMOLRUN_INLINE __m128i fold_max(Words x) {
+    const __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    return _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+}
+
+}  // namespace
+}  // namespace smolrun

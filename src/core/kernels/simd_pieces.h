@@ -1,0 +1,165 @@
+// Unpacking of quantized weights: from a packed block (blocks.h) to pairs of 16-bit codes, one row
+// in each lane, and the scales of a piece of 32 weights.
+#pragma once
+
+#include "kernels/simd_common.h"
+#include "packed.h"
+
+namespace smolrun {
+namespace {
+
+constexpr int kPieceQuads = 8;
+constexpr int kPieceWords = 16;                 // an even and an odd word for each quad
+constexpr int64_t kWordBytes = 4 * kGroupRows;  // one word of each row
+
+template <WeightType type>
+struct Format {
+    static constexpr PackedLayout at = packed_layout(type);
+    static constexpr int block_pieces = static_cast<int>(layout(type).weights / kPieceWeights);
+    static constexpr int64_t block_bytes = layout(type).bytes * kGroupRows;
+    // Two scales in a piece. They are integers times a common float, and go into the codes.
+    static constexpr bool sub_blocks = at.sub_block == 16;
+    // With them the sum over 32 weights might not fit 32 bits: two sums of 16.
+    static constexpr bool two_sums = type == WeightType::Q6_K;
+    static constexpr int minimums = at.minimum < 0 ? 0 : sub_blocks ? 2 : 1;
+    // What unpacked codes are too large by; the lookup table is shifted to be unsigned.
+    static constexpr int offset = at.lookup ? 128 : at.offset;
+};
+
+// Weights 0 and 2, and 1 and 3, of a quad: 16-bit codes, not signed yet.
+struct Pairs {
+    Words even, odd;
+};
+
+// A quad's bits from a plane, moved to bit `to` and above of each code.
+template <int bits, int quad, int to>
+SMOLRUN_INLINE Pairs read_plane(const std::byte* plane) {
+    constexpr int quads_in_word = 8 / bits;
+    constexpr int bit = bits * (quad % quads_in_word);
+    const Words mask = broadcast_word(((1 << bits) - 1) << to << 16 | ((1 << bits) - 1) << to);
+    const Words words = load_words(plane + quad / quads_in_word * kWordBytes);
+    const Words even = bit_and(shift_right<bit - to>(words), mask);
+    if constexpr (to == 0 && bit + bits == 8) {
+        return {even, shift_right_16<bit + 8>(words)};  // the topmost bits need no mask
+    } else {
+        return {even, bit_and(shift_right<bit + 8 - to>(words), mask)};
+    }
+}
+
+constexpr int8_t unsigned_value(int i) {
+    return static_cast<int8_t>(static_cast<uint8_t>(kNonlinearValues[i] + 128));
+}
+constexpr int8_t kUnsignedValues[16] = {
+    unsigned_value(0),  unsigned_value(1),  unsigned_value(2),  unsigned_value(3),
+    unsigned_value(4),  unsigned_value(5),  unsigned_value(6),  unsigned_value(7),
+    unsigned_value(8),  unsigned_value(9),  unsigned_value(10), unsigned_value(11),
+    unsigned_value(12), unsigned_value(13), unsigned_value(14), unsigned_value(15)};
+
+// A quad of a piece; the planes are those of the piece, from the first row of the lanes on.
+template <WeightType type, int quad>
+SMOLRUN_INLINE Pairs read_codes(const std::byte* low, const std::byte* high) {
+    constexpr PackedLayout at = Format<type>::at;
+    if constexpr (at.lookup) {
+        const Words words = shift_right<4 * (quad % 2)>(load_words(low + quad / 2 * kWordBytes));
+        const Words values = look_up(kUnsignedValues, bit_and(words, broadcast_word(0x0f0f0f0f)));
+        return {bit_and(values, broadcast_word(0x00ff00ff)), shift_right_16<8>(values)};
+    } else {
+        Pairs codes = read_plane<at.low_bits, quad, 0>(low);
+        if constexpr (at.high_bits != 0) {
+            const Pairs upper = read_plane<at.high_bits, quad, at.low_bits>(high);
+            codes = {bit_or(codes.even, upper.even), bit_or(codes.odd, upper.odd)};
+        }
+        return codes;
+    }
+}
+
+// Calls work.operator()<quad>(codes) for the quads of a piece. `lane`: the first row in the group.
+template <WeightType type, int quad = 0, class Work>
+SMOLRUN_INLINE void each_quad(const std::byte* block, int piece, int lane, Work& work) {
+    constexpr PackedLayout at = Format<type>::at;
+    // 32 weights of `bits` bits take 4*bits bytes a row.
+    const std::byte* low = block + at.low + piece * at.low_bits * kWordBytes + 4 * lane;
+    const std::byte* high = block + at.high + piece * at.high_bits * kWordBytes + 4 * lane;
+    work.template operator()<quad>(read_codes<type, quad>(low, high));
+    if constexpr (quad + 1 < kPieceQuads) each_quad<type, quad + 1>(block, piece, lane, work);
+}
+
+// weight = scale * sub_scale * code + minimum; sub_scale only where a piece has two.
+struct Scales {
+    Floats scale;
+    Words sub_scale[2];
+    Floats minimum[2];
+};
+
+// Six-bit scale and minimum of sub-block j of Q4_K and Q5_K.
+struct ScaleAndMinimum {
+    Words scale, minimum;
+};
+SMOLRUN_INLINE ScaleAndMinimum read_q4_k_scale(const std::byte* field, int j) {
+    const Words six = broadcast_word(63), four = broadcast_word(15), top = broadcast_word(0x30);
+    if (j < 4) {
+        return {bit_and(widen_u8(field + j * kGroupRows), six),
+                bit_and(widen_u8(field + (j + 4) * kGroupRows), six)};
+    }
+    const Words both = widen_u8(field + (j + 4) * kGroupRows);
+    const Words scale_top = shift_right<2>(widen_u8(field + (j - 4) * kGroupRows));
+    const Words minimum_top = shift_right<2>(widen_u8(field + j * kGroupRows));
+    return {bit_or(bit_and(both, four), bit_and(scale_top, top)),
+            bit_or(shift_right<4>(both), bit_and(minimum_top, top))};
+}
+
+// Scale of sub-block j (of 16 weights) of Q3_K: -32..31.
+SMOLRUN_INLINE Words read_q3_k_scale(const std::byte* field, int j) {
+    const Words low = shift_right_by(widen_u8(field + j % 8 * kGroupRows), j < 8 ? 0 : 4);
+    const Words high = shift_right_by(widen_u8(field + (8 + j % 4) * kGroupRows), 2 * (j / 4));
+    const Words six =
+        bit_or(bit_and(low, broadcast_word(15)), shift_right<-4>(bit_and(high, broadcast_word(3))));
+    return sub(six, broadcast_word(32));
+}
+
+template <WeightType type>
+SMOLRUN_INLINE Scales read_scales(const std::byte* block, int piece, int lane) {
+    constexpr PackedLayout at = Format<type>::at;
+    const std::byte* const field = block + at.scales + lane;
+    Scales scales{load_f16(block + at.scale + 2 * lane), {}, {}};
+    Floats minimum{};
+    if constexpr (at.minimum >= 0) minimum = load_f16(block + at.minimum + 2 * lane);
+    if constexpr (type == WeightType::Q2_K) {
+        for (int part = 0; part < 2; ++part) {
+            const Words both = widen_u8(field + (2 * piece + part) * kGroupRows);
+            scales.sub_scale[part] = bit_and(both, broadcast_word(15));
+            scales.minimum[part] =
+                mul(sub(broadcast(0.0f), minimum), to_floats(shift_right<4>(both)));
+        }
+    } else if constexpr (type == WeightType::Q3_K) {
+        scales.sub_scale[0] = read_q3_k_scale(field, 2 * piece);
+        scales.sub_scale[1] = read_q3_k_scale(field, 2 * piece + 1);
+    } else if constexpr (type == WeightType::Q6_K) {
+        scales.sub_scale[0] = widen_i8(field + 2 * piece * kGroupRows);
+        scales.sub_scale[1] = widen_i8(field + (2 * piece + 1) * kGroupRows);
+    } else if constexpr (type == WeightType::Q4_K || type == WeightType::Q5_K) {
+        const ScaleAndMinimum whole = read_q4_k_scale(field, piece);
+        scales.scale = mul(scales.scale, to_floats(whole.scale));
+        scales.minimum[0] = mul(sub(broadcast(0.0f), minimum), to_floats(whole.minimum));
+    } else if constexpr (type == WeightType::IQ4_XS) {
+        const Words low = shift_right_by(widen_u8(field + piece / 2 * kGroupRows), 4 * (piece % 2));
+        const Words high = shift_right_by(widen_u16(block + at.scales_high + 2 * lane), 2 * piece);
+        const Words six = bit_or(bit_and(low, broadcast_word(15)),
+                                 shift_right<-4>(bit_and(high, broadcast_word(3))));
+        scales.scale = mul(scales.scale, to_floats(sub(six, broadcast_word(32))));
+    } else if constexpr (at.minimum >= 0) {
+        scales.minimum[0] = minimum;
+    }
+    return scales;
+}
+
+// Signed codes of a quad.
+template <WeightType type>
+SMOLRUN_INLINE Pairs without_offset(Pairs codes) {
+    if constexpr (Format<type>::offset == 0) return codes;
+    const Words offset = broadcast_word(Format<type>::offset << 16 | Format<type>::offset);
+    return {sub_16(codes.even, offset), sub_16(codes.odd, offset)};
+}
+
+}  // namespace
+}  // namespace smolrun

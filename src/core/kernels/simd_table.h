@@ -1,0 +1,50 @@
+// The table of an instruction set, filled with the kernels of simd_*.h.
+#pragma once
+
+#include "kernels/simd_attention.h"
+#include "kernels/simd_floats.h"
+#include "kernels/simd_quantized.h"
+#include "kernels/simd_vectors.h"
+
+namespace smolrun {
+namespace {
+
+template <WeightType type>
+constexpr Kernels::Linear linear() {
+    if constexpr (is_float(type)) {
+        return multiply_floats<type>;
+    } else {
+        return multiply_quantized<type>;
+    }
+}
+
+template <WeightType type>
+constexpr Kernels::Dequantize dequantize() {
+    if constexpr (is_float(type)) {
+        return read_row<type>;
+    } else {
+        return dequantize_row<type>;
+    }
+}
+
+consteval Kernels table(const char* name) {
+    return {
+        .name = name,
+#define X(type, weights, bytes) linear<WeightType::type>(),
+        .linear = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
+        .quantize = quantize,
+        .rms_norm = rms_norm,
+        .rope = rope,
+        .swiglu = swiglu,
+        .add = add_to,
+        .attention = attention,
+        .store_kv = store_kv,
+#define X(type, weights, bytes) dequantize<WeightType::type>(),
+        .dequantize = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
+    };
+}
+
+}  // namespace
+}  // namespace smolrun

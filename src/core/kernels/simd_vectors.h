@@ -1,0 +1,91 @@
+// Quantizing of inputs, norm, rotation, activation: what works along one row.
+#pragma once
+
+#include "kernels.h"
+#include "kernels/simd_common.h"
+
+namespace smolrun {
+namespace {
+
+void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
+    constexpr int vectors = 32 / kLanes;
+    constexpr float max_code = 32767.0f;
+    constexpr float smallest_normal = 0x1p-126f;
+    for (int64_t piece = 0; piece < columns / 32; ++piece, x += 32, codes += 32, sums += 2) {
+        Floats values[vectors];
+        Words magnitudes = zero_words();  // as bits: NaN is above infinity, which is above the rest
+        for (int v = 0; v < vectors; ++v) {
+            values[v] = load(x + v * kLanes);
+            magnitudes = max(magnitudes, bit_and(bits_of(values[v]), broadcast_word(0x7fffffff)));
+        }
+        const int32_t largest_bits = max_lane(magnitudes);
+        float largest;
+        __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+        float scale = largest / max_code;
+        float inverse = max_code / largest;
+        if (largest_bits >= 0x7f800000) {
+            scale = __builtin_nanf("");
+            inverse = 0;
+        } else if (scale < smallest_normal) {
+            scale = inverse = 0;
+        }
+        scales[piece] = scale;
+        Words totals[2] = {zero_words(), zero_words()};
+        for (int v = 0; v < vectors; ++v) {
+            // 0 times infinity or NaN is NaN, which would round to a code.
+            const Words rounded =
+                inverse == 0 ? zero_words() : round_to_words(mul(values[v], broadcast(inverse)));
+            store_codes(codes + v * kLanes, rounded);
+            Words& total = totals[v * kLanes / 16];
+            total = add(total, rounded);
+        }
+        sums[0] = sum_lanes(totals[0]);
+        sums[1] = sum_lanes(totals[1]);
+    }
+}
+
+void rms_norm(const float* x, const float* weight, int64_t columns, float epsilon, float* out) {
+    Doubles total{};
+    each_vector(columns,
+                [&](int64_t i, int64_t count) { add_squares(load_up_to(x + i, count), total); });
+    const double mean = sum_lanes(total) / static_cast<double>(columns);
+    const Floats inverse =
+        broadcast(static_cast<float>(1.0 / __builtin_sqrt(mean + double{epsilon})));
+    each_vector(columns, [&](int64_t i, int64_t count) {
+        const Floats normalized = mul(load_up_to(x + i, count), inverse);
+        store_up_to(out + i, mul(normalized, load_up_to(weight + i, count)), count);
+    });
+}
+
+void rope(float* heads, int64_t head_count, int64_t head_dim, const float* cosine,
+          const float* sine) {
+    const int64_t half = head_dim / 2;
+    for (int64_t head = 0; head < head_count; ++head) {
+        float* const first = heads + head * head_dim;
+        float* const second = first + half;
+        each_vector(half, [&](int64_t i, int64_t count) {
+            const Floats c = load_up_to(cosine + i, count), s = load_up_to(sine + i, count);
+            const Floats a = load_up_to(first + i, count), b = load_up_to(second + i, count);
+            store_up_to(first + i, fnma(b, s, mul(a, c)), count);
+            store_up_to(second + i, fma(a, s, mul(b, c)), count);
+        });
+    }
+}
+
+void swiglu(const float* gate, const float* up, int64_t columns, float* out) {
+    const Floats one = broadcast(1.0f);
+    each_vector(columns, [&](int64_t i, int64_t count) {
+        const Floats g = load_up_to(gate + i, count);
+        const Floats silu = div(g, add(one, exponential(sub(broadcast(0.0f), g))));
+        store_up_to(out + i, mul(silu, load_up_to(up + i, count)), count);
+    });
+}
+
+void add_to(const float* x, int64_t columns, float* out) {
+    each_vector(columns, [&](int64_t i, int64_t count) {
+        store_up_to(out + i, add(load_up_to(out + i, count), load_up_to(x + i, count)), count);
+    });
+}
+
+}  // namespace
+}  // namespace smolrun
