@@ -197,8 +197,7 @@ class Model:
             if seed is None
             else random_weights(config, seed, weight_type)
         )
-        model = cls.__new__(cls)
-        model._start(
+        return cls._of(
             load_config(
                 config,
                 tensors,
@@ -208,6 +207,11 @@ class Model:
                 max_sequences=max_sequences,
             )
         )
+
+    @classmethod
+    def _of(cls, loaded: LoadedModel) -> Model:
+        model = cls.__new__(cls)
+        model._start(loaded)
         return model
 
     def _start(self, loaded: LoadedModel) -> None:

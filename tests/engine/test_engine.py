@@ -22,8 +22,15 @@ from smolrun.errors import (
     ResourceError,
     SmolrunError,
 )
-
-from .fakes import VOCABULARY, TokenOutput, collect, fake_engine, fake_of, parameters, solo
+from tests.engine.fakes import (
+    VOCABULARY,
+    TokenOutput,
+    collect,
+    fake_engine,
+    fake_of,
+    parameters,
+    solo,
+)
 
 SEEDED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "logprobs": True, "top_logprobs": 2}
 
