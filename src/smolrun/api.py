@@ -350,13 +350,9 @@ class Model:
             ContextLengthError: a prompt does not fit the context.
             NonFiniteError: the model computed NaN or infinity.
         """
-        if isinstance(prompt, (str, bytes)) or not _is_list(prompt):
+        items: list[Any] = list(prompt) if _is_list(prompt) else []
+        if not items or not (isinstance(items[0], str) or _is_list(items[0])):
             return self._submit(self._prompt_ids(prompt), sampling, chat=False).result()
-        items: list[Any] = list(prompt)
-        if not items:
-            raise RequestError("prompt: expected a text, token ids or a list of these, it is empty")
-        if not isinstance(items[0], str) and not _is_list(items[0]):
-            return self._submit(self._prompt_ids(items), sampling, chat=False).result()
         prompts = [self._prompt_ids(item) for item in items]
         streams = [self._submit(ids, sampling, chat=False) for ids in prompts]
         return [stream.result() for stream in streams]
@@ -424,6 +420,8 @@ class Model:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
+            if not _is_list(prompt):
+                raise TypeError
             return [operator.index(token) for token in prompt]
         except TypeError:
             raise RequestError(
