@@ -82,7 +82,9 @@ def test_no_room_reads_what_can_run_code() -> None:
 
 def test_torch_is_not_needed_at_run_time() -> None:
     for path in modules():
-        assert not any(n.split(".")[0] in {"torch", "transformers", "gguf"} for n in imports_of(path))
+        assert not any(
+            n.split(".")[0] in {"torch", "transformers", "gguf"} for n in imports_of(path)
+        )
 
 
 def includes_of(path: Path) -> list[str]:
