@@ -10,6 +10,7 @@ smolrun is faster. Markdown, to be appended to benchmarks/results.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -44,6 +45,32 @@ def row(label: str, work: int, pairs: list[tuple[float, float]], peer: str) -> s
     )
 
 
+def compare(path: Path, options: argparse.Namespace, context: int) -> None:
+    """The rows of one model."""
+    ours: Peer = PEERS["smolrun"](path, options.threads, context)
+    theirs: Peer = PEERS[options.peer](path, options.threads, context)
+    prompt = [(37 * i) % 4000 + 20 for i in range(options.prompt)]
+    work: list[tuple[str, int, Callable[[Peer], float]]] = []
+    if options.prompt:
+        work.append(
+            (f"prefill {options.prompt}", options.prompt, lambda peer: peer.prefill(prompt))
+        )
+    for depth in options.depth if options.decode else []:
+        run: Callable[[Peer], float] = functools.partial(
+            _decode, depth=depth, count=options.decode
+        )
+        work.append((f"decode at {depth}", options.decode, run))
+    for label, tokens, run in work:
+        pairs = ratios(functools.partial(run, ours), functools.partial(run, theirs), options.rounds)
+        print(row(f"{path.stem} {label}", tokens, pairs, theirs.name), flush=True)
+    ours.close()
+    theirs.close()
+
+
+def _decode(peer: Peer, depth: int, count: int) -> float:
+    return peer.decode(depth, count)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -62,29 +89,7 @@ def main() -> int:
     print("| work | smolrun tokens/s | peer tokens/s | ratio, median | least | greatest |")
     print("|---|---|---|---|---|---|", flush=True)
     for path in options.models:
-        ours: Peer = PEERS["smolrun"](path, options.threads, context)
-        theirs: Peer = PEERS[options.peer](path, options.threads, context)
-        prompt = [(37 * i) % 4000 + 20 for i in range(options.prompt)]
-        if options.prompt:
-            pairs = ratios(
-                lambda: ours.prefill(prompt), lambda: theirs.prefill(prompt), options.rounds
-            )
-            print(
-                row(f"{path.stem} prefill {options.prompt}", options.prompt, pairs, theirs.name),
-                flush=True,
-            )
-        for depth in options.depth if options.decode else []:
-            pairs = ratios(
-                lambda: ours.decode(depth, options.decode),  # noqa: B023
-                lambda: theirs.decode(depth, options.decode),  # noqa: B023
-                options.rounds,
-            )
-            print(
-                row(f"{path.stem} decode at {depth}", options.decode, pairs, theirs.name),
-                flush=True,
-            )
-        ours.close()
-        theirs.close()
+        compare(path, options, context)
     return 0
 
 

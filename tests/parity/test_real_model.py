@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from smolrun import Model
+from tests.models import Values, nmse, transformers_logits, transformers_model
 
 pytestmark = pytest.mark.parity
 
@@ -70,26 +71,27 @@ def mean_divergence(reference: Array, other: Array) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 
 
-def nmse(reference: Array, other: Array) -> float:
-    wide = reference.astype(np.float64)
-    return float(((other - wide) ** 2).sum() / (wide**2).sum())
+def reference_weights(path: Path, heads: dict[str, int]) -> Values:
+    """The file's weights in float32, read and dequantized by the `gguf` package."""
+    import gguf
 
-
-def transformers_model(path: Path) -> Any:
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-
-
-def transformers_logits(model: Any, ids: list[int]) -> Array:
-    import torch
-
-    with torch.no_grad():
-        return np.asarray(model(torch.tensor([ids])).logits[0].numpy(), np.float32)
+    names = {
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm",
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    weights = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        *block, kind, _ = tensor.name.split(".")
+        if kind in heads:  # stored row 2i+j of a head is row j*head_dim/2+i
+            pairs = values.reshape(heads[kind], -1, 2, values.shape[-1])
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        layer = f"model.layers.{block[1]}." if block else ""
+        weights[f"{layer}{names[kind]}.weight"] = values
+    return weights
 
 
 def llama_cpp_logits(path: Path, ids: list[int]) -> Array:
@@ -125,18 +127,21 @@ def case(request: pytest.FixtureRequest, real_model: Path, formats_folder: Path)
     with Model(path, context_size=2048) as model:
         ids = model.tokenize(PASSAGE.read_text())[:640]
         assert len(ids) >= 400
-        yield Case(request.param, path, model, transformers_model(path), ids)
+        config = model.config
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        reference = transformers_model(config, reference_weights(path, heads))
+        yield Case(request.param, path, model, reference, ids)
 
 
 def test_logits(case: Case, record_property: Any) -> None:
     ours = case.model.forward(np.array([case.ids]), all_positions=True)[0]
-    reference = transformers_logits(case.reference, case.ids)
-    error, divergence = nmse(reference, ours), mean_divergence(reference, ours)
+    reference = transformers_logits(case.reference, case.ids)[0]
+    error, divergence = nmse(ours, reference), mean_divergence(reference, ours)
     theirs = llama_cpp_logits(case.path, case.ids)
     their_divergence = mean_divergence(reference, theirs)
     figures = (
         f"{case.name}: NMSE {error:.2e}, KL {divergence:.2e}; "
-        f"llama.cpp NMSE {nmse(reference, theirs):.2e}, KL {their_divergence:.2e}"
+        f"llama.cpp NMSE {nmse(theirs, reference):.2e}, KL {their_divergence:.2e}"
     )
     record_property("figures", figures)
     print(figures)
@@ -152,9 +157,9 @@ def test_greedy_continuation(case: Case) -> None:
         case.model.detokenize(prompt), max_tokens=64, temperature=0.0, logprobs=True
     )
     assert result.logprobs is not None
-    tokens = [entry.token_id for entry in result.logprobs]
+    tokens = [entry.id for entry in result.logprobs]
     assert len(tokens) == 64 or result.finish_reason == "stop"
-    logits = transformers_logits(case.reference, prompt + tokens)[len(prompt) - 1 : -1]
+    logits = transformers_logits(case.reference, prompt + tokens)[0, len(prompt) - 1 : -1]
     chosen = logits[np.arange(len(tokens)), tokens]
     # BF16 rounds what others keep; 0.05 is a tenth of the usual gap between the first two.
     assert (logits.max(axis=-1) - chosen <= (0.05 if case.name == "BF16" else 0.01)).all()
