@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,10 +107,14 @@ class Stream(Iterator[Event]):
         self._request.cancel()
 
     def result(self) -> Result:
-        """Wait for the end and return the whole answer."""
-        for event in self:
-            if isinstance(event, EndEvent):
-                return event.result
+        """Wait for the end and return the whole answer. Whoever is interrupted cancels it."""
+        try:
+            for event in self:
+                if isinstance(event, EndEvent):
+                    return event.result
+        except BaseException:
+            self.cancel()
+            raise
         raise RequestError("the stream has already been read to its end")
 
 
@@ -128,9 +133,9 @@ class Model:
         threads: default: as many as the CPUs, their cores and the cgroup allow.
         isa: instruction set, "scalar", "avx2" or "avx512"; default: the fastest there is.
         max_sequences: requests that run side by side; more wait their turn.
-        download_progress, load_progress: told about slow work; see `files.names.resolve` and
-            `files.weights.native_weights`.
-        offline: never ask the network; default: as HF_HUB_OFFLINE says.
+        download_progress: called with what is fetched, the bytes done, and those in all or None.
+        load_progress: called with the bytes of weights made ready, and those in all.
+        offline: never ask the network; default: as SMOLRUN_OFFLINE and HF_HUB_OFFLINE say.
 
     Raises:
         ModelNotFoundError, DownloadError: no such model, or it can not be fetched.
@@ -149,7 +154,7 @@ class Model:
         threads: int | None = None,
         isa: str | None = None,
         max_sequences: int = MAX_SEQUENCES,
-        download_progress: Any = None,
+        download_progress: Callable[[str, int, int | None], None] | None = None,
         load_progress: Callable[[int, int], None] | None = None,
         offline: bool | None = None,
     ) -> None:
@@ -289,6 +294,7 @@ class Model:
         Raises:
             RequestError: wrong shape, token or start_pos. ContextLengthError: too many tokens.
             ResourceError: no KV blocks to be had for this batch.
+            NonFiniteError: a logit is NaN or infinite.
         """
         return self._forward.forward(input_ids, start_pos, all_positions)
 
@@ -354,8 +360,11 @@ class Model:
         if not items or not (isinstance(items[0], str) or _is_list(items[0])):
             return self._submit(self._prompt_ids(prompt), sampling, chat=False).result()
         prompts = [self._prompt_ids(item) for item in items]
-        streams = [self._submit(ids, sampling, chat=False) for ids in prompts]
-        return [stream.result() for stream in streams]
+        with contextlib.ExitStack() as streams:  # an error of one cancels the others
+            started = [
+                streams.enter_context(self._submit(ids, sampling, chat=False)) for ids in prompts
+            ]
+            return [stream.result() for stream in started]
 
     def chat(
         self,

@@ -29,7 +29,6 @@ from smolrun import (
     TemplateError,
     TextEvent,
 )
-from smolrun.api import Stream
 from smolrun.engine import load
 from smolrun.engine.machine import Limit
 from smolrun.engine.sampling import uniform
@@ -268,25 +267,42 @@ def test_leaving_a_stream_ends_its_request(tiny_folder: Path) -> None:
         assert statistics["kv_blocks_held"] == 0
 
 
-def test_ctrl_c_ends_the_request(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Model(tiny_folder) as model:
-        events = []
-        step = Stream.__next__
+INTERRUPTED = """
+import os, pathlib, signal, sys, threading
+from smolrun import Model
 
-        def interrupted(self: Stream) -> Any:
-            event = step(self)
-            events.append(event)
-            if len(events) == 3:
-                raise KeyboardInterrupt
-            return event
+with Model(pathlib.Path(sys.argv[1]), threads=1) as model:
+    runner, steps = model.loaded.engine.runner, []
 
-        monkeypatch.setattr(Stream, "__next__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.chat(QUESTION, ignore_eos=True)
-        monkeypatch.undo()
-        gc.collect()
-        model.generate("x", max_tokens=1)
-        assert model.statistics()["cancelled"] == 1
+    class Interrupting:
+        def step(self, *arrays):
+            runner.step(*arrays)
+            steps.append(1)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                stopped.wait()  # the main thread sits in chat() until the signal arrives
+
+    stopped = threading.Event()
+    model.loaded.engine.runner = Interrupting()
+    try:
+        model.chat("x", ignore_eos=True)
+    except KeyboardInterrupt:
+        stopped.set()
+    model.loaded.engine.runner = runner
+    model.generate("x", max_tokens=1)
+    statistics = model.statistics()
+    print(statistics["cancelled"], statistics["kv_blocks_held"], len(steps) < 6)
+"""
+
+
+def test_ctrl_c_ends_the_request(tiny_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tiny_folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("1 0 True\n", "", 0)
 
 
 def test_the_context_is_a_limit(tiny_folder: Path) -> None:
@@ -368,6 +384,35 @@ def test_defaults_come_from_the_file_then_from_the_family(tmp_path: Path, model:
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 500}))
     with pytest.raises(ModelFormatError, match="temperature"):
         Model(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("context_size", 0),
+        ("context_size", -5),
+        ("context_size", "8k"),
+        ("context_size", True),
+        ("threads", 0),
+        ("max_sequences", 0),
+        ("max_sequences", 257),
+        ("max_sequences", 1.5),
+        ("dtype", "q4"),
+    ],
+)
+def test_wrong_options(tiny_folder: Path, field: str, value: Any) -> None:
+    arguments: dict[str, Any] = {field: value}
+    with pytest.raises(RequestError, match=field.replace("_", "[_ ]")):
+        Model(tiny_folder, **arguments)
+
+
+def test_an_error_of_one_prompt_cancels_the_others(tiny_folder: Path) -> None:
+    with Model(tiny_folder) as model:
+        with pytest.raises(ContextLengthError):
+            model.generate([[5] * 10, [5] * 600], ignore_eos=True)
+        model.generate("x", max_tokens=1)
+        assert model.statistics()["cancelled"] == 1
+        assert model.statistics()["kv_blocks_held"] == 0
 
 
 def test_a_model_from_a_configuration() -> None:

@@ -218,6 +218,9 @@ def test_a_broken_weight_ends_the_requests_it_reaches(value: float, place: int) 
         assert engine.statistics()["corrupted"] == 1
         assert engine.statistics()["kv_blocks_held"] == 0
         assert answers(engine, good, bias) == expected
+        with pytest.raises(NonFiniteError):
+            Forward(engine).forward(bad)
+        assert engine.statistics()["kv_blocks_held"] == 0
         retry = engine.submit([*bad, 1], parameters(bias), TokenOutput())
         with pytest.raises(NonFiniteError):
             list(retry)

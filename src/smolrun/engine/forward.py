@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smolrun.engine.kv import BlockTable, blocks_for
+from smolrun.engine.sampling import check_finite
 from smolrun.engine.scheduler import table_array
 from smolrun.errors import ContextLengthError, RequestError, ResourceError
 
@@ -110,6 +111,7 @@ class Forward:
                     logits[low:high],
                 )
             )
+            check_finite(logits[low:high])
         return logits.reshape(batch, -1, self._engine.vocab_size)
 
     def _prepare(self, batch: int, start_pos: int, end: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from smolrun.engine.engine import Engine
 from smolrun.engine.machine import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # what the context leaves, so a larger one would let fewer requests run side by side.
 DEFAULT_CONTEXT = 32768
 MAX_SEQUENCES = 16  # requests that share steps
+MAX_STEP_TOKENS = 256
 
 # Model cards and the smollm repository; the file's own generation config comes before.
 _FAMILY_SAMPLING = {
@@ -76,15 +77,21 @@ def load_model(
     threads: int | None = None,
     isa: str | None = None,
     max_sequences: int = MAX_SEQUENCES,
-    download_progress: Any = None,
+    download_progress: Callable[[str, int, int | None], None] | None = None,
     load_progress: Callable[[int, int], None] | None = None,
     offline: bool | None = None,
 ) -> LoadedModel:
     """Open a model and start its engine; arguments and errors as of `Model`."""
+    if dtype not in get_args(Dtype):
+        raise RequestError(
+            f"dtype: expected one of {', '.join(get_args(Dtype))}, got {dtype!r:.80}"
+        )
+    from smolrun.files.names import resolve
     from smolrun.text.chat import ChatTemplate
     from smolrun.text.tokenizer import Tokenizer
 
-    checkpoint = open_checkpoint(_located(name_or_path, download_progress, offline), dtype)
+    path = resolve(name_or_path, progress=download_progress, offline=offline)
+    checkpoint = open_checkpoint(path, dtype)
     try:
         plan = _planned(checkpoint.config, checkpoint.tensors, context_size, threads, max_sequences)
         tokenizer = template = None
@@ -151,14 +158,6 @@ class _Plan:
     notes: list[str]
 
 
-def _located(name_or_path: str | Path, progress: Any, offline: bool | None) -> Path:
-    if isinstance(name_or_path, Path):
-        return name_or_path
-    from smolrun.files.names import resolve  # type: ignore[import-not-found, unused-ignore]
-
-    return Path(resolve(name_or_path, progress=progress, offline=offline))
-
-
 def _planned(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
@@ -169,6 +168,11 @@ def _planned(
     in_memory: bool = False,
 ) -> _Plan:
     """Decide on context, KV cache and threads before anything large is read."""
+    for name, value in (("context_size", context_size), ("max_sequences", max_sequences)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise RequestError(f"{name}: expected a whole number, got {value!r:.80}")
+    if not 1 <= max_sequences <= MAX_STEP_TOKENS:
+        raise RequestError(f"max_sequences: expected 1 to {MAX_STEP_TOKENS}, got {max_sequences}")
     notes: list[str] = []
     trained = config.max_position_embeddings
     if context_size is not None and context_size > trained:
@@ -200,7 +204,12 @@ def _started(
     plan: _Plan, weights: NativeWeights, isa: str | None, max_sequences: int, identity: str
 ) -> Engine:
     runner = build_runner(
-        plan.program, weights, kv_blocks=plan.kv.blocks, threads=plan.threads.value, isa=isa
+        plan.program,
+        weights,
+        kv_blocks=plan.kv.blocks,
+        threads=plan.threads.value,
+        isa=isa,
+        max_step_tokens=MAX_STEP_TOKENS,
     )
     return Engine(
         runner,
@@ -208,6 +217,7 @@ def _started(
         context_size=plan.kv.context_size,
         kv_blocks=plan.kv.blocks,
         model=hashlib.sha256(f"{identity}\n{plan.config}".encode()).digest(),
+        max_step_tokens=MAX_STEP_TOKENS,
         max_sequences=max_sequences,
     )
 

@@ -176,6 +176,14 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
     return biases
 
 
+def check_finite(logits: Float32Array, where: str = "") -> None:
+    """NonFiniteError where one of `logits` (any shape) is NaN or infinite."""
+    if logits.size and not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
+        raise NonFiniteError(
+            f"non-finite logits{where}: the weights or the computation are damaged"
+        )
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments (Philox 4x64, 53 bits)."""
     generator = np.random.Philox(key=seed, counter=position)
@@ -211,11 +219,7 @@ class Sampler:
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
-        if not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
-            raise NonFiniteError(
-                f"non-finite logits at position {position - 1}: the weights or the computation "
-                "are damaged"
-            )
+        check_finite(logits, f" at position {position - 1}")
         adjusted = self._adjust(logits)
         parameters = self.parameters
         if parameters.greedy:
