@@ -20,33 +20,59 @@ VOCABULARY = 512
 DEFAULTS = SamplingParameters()
 
 
-class FakeRunner:
+class Gate:
+    """Makes steps wait, so that a test decides what happens between two of them."""
+
+    def __init__(self) -> None:
+        self._passes: threading.Semaphore | None = None
+
+    def hold(self, steps: int = 0) -> None:
+        """Let `steps` more steps pass, then make them wait."""
+        self._passes = threading.Semaphore(steps)
+
+    def go_on(self) -> None:
+        """Let the step that waits, and all later ones, pass."""
+        passes, self._passes = self._passes, None
+        if passes is not None:
+            passes.release()
+
+    def wait(self) -> None:
+        if self._passes is not None:
+            self._passes.acquire()
+
+
+class GatedRunner(Gate):
+    """A real runner behind a gate."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def step(self, *arrays: Any) -> None:
+        self.wait()
+        self._runner.step(*arrays)
+
+
+class FakeRunner(Gate):
     """Stores token ids as "keys"; fails on a slot that was never written or was wiped."""
 
     kv_block_bytes = BLOCK_TOKENS * 4
 
     def __init__(self, kv_blocks: int, vocab_size: int = VOCABULARY) -> None:
+        super().__init__()
         self.vocab_size = vocab_size
         self.pool = np.full((kv_blocks, BLOCK_TOKENS), -1, np.int64)
         self.steps: list[tuple[int, int]] = []  # tokens and sequences of each step
         self.zeroed: list[int] = []
         self.before: Callable[[Int32Array, Int32Array], None] = lambda tokens, positions: None
         self.poison: set[int] = set()  # tokens that make every later logit NaN
-        self._gate: threading.Semaphore | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
         return {}
-
-    def hold(self, steps: int = 0) -> None:
-        """Let `steps` more steps pass, then make them wait."""
-        self._gate = threading.Semaphore(steps)
-
-    def go_on(self) -> None:
-        """Let the step that waits, and all later ones, pass."""
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.release()
 
     def zero_blocks(self, blocks: Int32Array, /) -> None:
         self.zeroed += blocks.tolist()
@@ -62,8 +88,7 @@ class FakeRunner:
         logits: Float32Array,
         hidden: Float32Array | None = None,
     ) -> None:
-        if self._gate is not None:
-            self._gate.acquire()
+        self.wait()
         self.before(tokens, positions)
         assert logits.shape == (len(logit_rows), self.vocab_size)
         for array in (tokens, positions, sequences, block_tables, logit_rows):

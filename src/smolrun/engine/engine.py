@@ -145,6 +145,11 @@ class Engine:
             "kv_blocks_cached": self.pool.cached,
         }
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def close(self) -> None:
         """Stop the loop after its current step; requests that are not done end in an error."""
         if self._process != os.getpid():
