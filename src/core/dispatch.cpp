@@ -68,7 +68,8 @@ Features detect() {
 std::vector<const Kernels*> supported_kernels() {
     std::vector<const Kernels*> found{&kScalarKernels};
 #ifdef SMOLRUN_X86
-    const Features features = detect();
+    // Asked once: under a hypervisor, CPUID takes microseconds.
+    static const Features features = detect();
     if (features.avx2) found.push_back(&kAvx2Kernels);
     if (features.avx512) found.push_back(&kAvx512Kernels);
 #endif

@@ -15,9 +15,12 @@ namespace smolrun {
 namespace {
 
 constexpr int kLanes = 8;
+// Two vectors are the rows of a group. The float totals do not fit the 16 registers, and are spilt
+// between pieces.
 constexpr int kTileVectors = 2;
 constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 2;
+constexpr int kFewTokens = 2;
 constexpr int kFloatTileTokens = 3;
 constexpr int kTileHeads = 2;
 // How far ahead of its use a weight is asked for.
@@ -139,7 +142,11 @@ SMOLRUN_INLINE Words broadcast_pair(const int16_t* from) {
 }
 // total + the two products of 16-bit codes in each lane.
 SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
-    return _mm256_add_epi32(total, _mm256_madd_epi16(codes, pair));
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(codes, pair));
+    // Keeps the sum one chain: the compiler would cut it in several, for which there are too few
+    // registers.
+    __asm__("" : "+x"(total));
+    return total;
 }
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm256_and_si256(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm256_or_si256(a, b); }

@@ -27,8 +27,10 @@ constexpr int kLanes = 16;
 // totals leave 8 of the 32 registers for codes and scales.
 constexpr int kTileVectors = 2;
 constexpr int kTileTokens = 6;
-// Up to this many tokens meet the codes as they are unpacked, without a scratch copy.
+// So many tokens meet the codes as they are unpacked; and up to so many in all, in several passes,
+// do without a copy of unpacked codes.
 constexpr int kDirectTokens = 4;
+constexpr int kFewTokens = 8;
 // Tiles of a product of float weights: 4 rows x tokens.
 constexpr int kFloatTileTokens = 6;
 // Tiles of attention: query heads that share a load of K or V.

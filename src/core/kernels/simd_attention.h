@@ -27,17 +27,29 @@ struct Softmax {
     float keep[heads], take[heads];
 };
 
+// K and V of a block.
+struct Block {
+    const uint16_t *k, *v;
+};
+SMOLRUN_INLINE Block block_at(const AttentionTask& task, int64_t token) {
+    const uint16_t* const block =
+        task.pool + int64_t{task.block_table[token / kBlockTokens]} * task.block_stride;
+    return {block + task.k_offset, block + task.v_offset};
+}
+
 // probabilities[head][32] = exp(q . k * scale - maximum of the block), 0 past `count`; merges
 // maximum and sum.
 template <int heads>
 SMOLRUN_INLINE void score_block(const AttentionTask& task, const float* q, const uint16_t* k,
-                                int64_t count, float* probabilities, Softmax<heads>& softmax) {
+                                const uint16_t* next_k, int64_t count, float* probabilities,
+                                Softmax<heads>& softmax) {
     constexpr int vectors = static_cast<int>(kBlockTokens) / kLanes;
     Floats scores[heads][vectors];
     for (auto& of_head : scores) {
         for (Floats& score : of_head) score = broadcast(0.0f);
     }
-    for (int64_t i = 0; i < task.head_dim; ++i, k += kBlockTokens) {
+    for (int64_t i = 0; i < task.head_dim; ++i, k += kBlockTokens, next_k += kBlockTokens) {
+        prefetch(next_k, kBlockTokens * 2);
         Floats keys[vectors];
         for (int v = 0; v < vectors; ++v) keys[v] = load_f16(k + v * kLanes);
         for (int head = 0; head < heads; ++head) {
@@ -86,9 +98,10 @@ SMOLRUN_INLINE void score_block(const AttentionTask& task, const float* q, const
 // out[head][first..] = out * keep + take * (sum of the first `count` tokens' probability * v), for
 // `vectors` vectors, the last of them `last` lanes long.
 template <int heads, int vectors>
-SMOLRUN_INLINE void add_values(const AttentionTask& task, const uint16_t* v, int64_t first,
-                               int64_t last, int64_t count, const float* probabilities,
-                               const Softmax<heads>& softmax, float* out) {
+SMOLRUN_INLINE void add_values(const AttentionTask& task, const uint16_t* v, const uint16_t* next_v,
+                               int64_t first, int64_t last, int64_t count,
+                               const float* probabilities, const Softmax<heads>& softmax,
+                               float* out) {
     const auto lanes = [&](int i) { return i == vectors - 1 ? last : int64_t{kLanes}; };
     Floats totals[heads][vectors];
     for (auto& of_head : totals) {
@@ -96,6 +109,7 @@ SMOLRUN_INLINE void add_values(const AttentionTask& task, const uint16_t* v, int
     }
     for (int64_t token = 0; token < count; ++token) {
         const uint16_t* row = v + token * task.head_dim + first;
+        prefetch(next_v + token * task.head_dim + first, vectors * kLanes * 2);
         Floats values[vectors];
         for (int i = 0; i < vectors; ++i) values[i] = load_f16_up_to(row + i * kLanes, lanes(i));
         for (int head = 0; head < heads; ++head) {
@@ -124,19 +138,20 @@ void attend(const AttentionTask& task, int64_t first_head) {
     for (int64_t i = 0; i < heads * task.head_dim; ++i) out[i] = 0;
 
     for (int64_t begin = 0; begin < task.length; begin += kBlockTokens) {
-        const uint16_t* const block =
-            task.pool + int64_t{task.block_table[begin / kBlockTokens]} * task.block_stride;
-        const uint16_t* const v = block + task.v_offset;
         const int64_t count = smaller(kBlockTokens, task.length - begin);
+        const Block block = block_at(task, begin);
+        // Blocks lie anywhere in memory: the next one is asked for while this one is used.
+        const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
         // Of the first block nothing was before: exp(-infinity - maximum) keeps 0 of it.
-        score_block<heads>(task, q, block + task.k_offset, count, probabilities, softmax);
+        score_block<heads>(task, q, block.k, next.k, count, probabilities, softmax);
         int64_t i = 0;
         for (; i + vectors * kLanes <= task.head_dim; i += vectors * kLanes) {
-            add_values<heads, vectors>(task, v, i, kLanes, count, probabilities, softmax, out);
+            add_values<heads, vectors>(task, block.v, next.v, i, kLanes, count, probabilities,
+                                       softmax, out);
         }
         for (; i < task.head_dim; i += kLanes) {
-            add_values<heads, 1>(task, v, i, smaller(kLanes, task.head_dim - i), count,
-                                 probabilities, softmax, out);
+            add_values<heads, 1>(task, block.v, next.v, i, smaller(kLanes, task.head_dim - i),
+                                 count, probabilities, softmax, out);
         }
     }
     for (int head = 0; head < heads; ++head) {

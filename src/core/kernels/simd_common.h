@@ -6,6 +6,13 @@ namespace {
 
 SMOLRUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Asks for memory, which need not exist, ahead of its use.
+SMOLRUN_INLINE void prefetch(const void* from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) {
+        _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T0);
+    }
+}
+
 // Calls work(first, count): whole vectors with the constant kLanes, then what is left.
 template <class Work>
 SMOLRUN_INLINE void each_vector(int64_t size, Work&& work) {

@@ -23,58 +23,81 @@ SMOLRUN_INLINE Floats load_weights(const std::byte* from, int64_t count) {
     }
 }
 
-// Four rows, of which the last ones are only read where row + 3 is past the end.
+constexpr int kTileRows = 4;
+
+// Some columns of a product of four rows and a tile of tokens. Totals between two parts of a row
+// are in memory.
+struct FloatPart {
+    int64_t first_column, count;
+    bool first, last;
+};
+
+// Rows past the end are read as the last one there is, and not written.
 template <WeightType type, int tokens>
-void multiply_float_tile(const Matrix& weights, const float* x, int64_t row, int64_t rows,
-                         float* out, int64_t out_stride) {
-    constexpr int tile = 4;
+void multiply_float_tile(const Matrix& weights, const float* x, const FloatPart& part, int64_t row,
+                         int64_t rows, Floats (*kept)[kTileRows], float* out, int64_t out_stride) {
     const int64_t columns = weights.columns;
-    const std::byte* from[tile];
-    for (int r = 0; r < tile; ++r) {
-        from[r] = weights.data + (row + smaller(r, rows - 1)) * columns * weight_bytes(type);
+    const std::byte* from[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+        from[r] = weights.data +
+                  ((row + smaller(r, rows - 1)) * columns + part.first_column) * weight_bytes(type);
     }
-    Floats totals[tokens][tile];
-    for (auto& of_token : totals) {
-        for (Floats& total : of_token) total = broadcast(0.0f);
+    // Rows are short, and each is a fresh start to the CPU's own prefetching.
+    const int64_t ahead = smaller(kTileRows * columns * weight_bytes(type), 4096);
+    Floats totals[tokens][kTileRows];
+    for (int t = 0; t < tokens; ++t) {
+        for (int r = 0; r < kTileRows; ++r) {
+            totals[t][r] = part.first ? broadcast(0.0f) : kept[t][r];
+        }
     }
-    const auto step = [&](int64_t column, int64_t count) SMOLRUN_INLINE_LAMBDA {
+    each_vector(part.count, [&](int64_t column, int64_t count) SMOLRUN_INLINE_LAMBDA {
         Floats inputs[tokens];
-        for (int t = 0; t < tokens; ++t) inputs[t] = load_up_to(x + t * columns + column, count);
-        for (int r = 0; r < tile; ++r) {
-            const Floats w = load_weights<type>(from[r] + column * weight_bytes(type), count);
+        for (int t = 0; t < tokens; ++t) {
+            inputs[t] = load_up_to(x + t * columns + part.first_column + column, count);
+        }
+        for (int r = 0; r < kTileRows; ++r) {
+            const std::byte* const at = from[r] + column * weight_bytes(type);
+            if constexpr (tokens < kFloatTileTokens) prefetch(at + ahead, 1);
+            const Floats w = load_weights<type>(at, count);
             for (int t = 0; t < tokens; ++t) totals[t][r] = fma(w, inputs[t], totals[t][r]);
         }
-    };
-    each_vector(columns, step);
+    });
     for (int t = 0; t < tokens; ++t) {
+        if (!part.last) {
+            for (int r = 0; r < kTileRows; ++r) kept[t][r] = totals[t][r];
+            continue;
+        }
         const __m128 sums = sum_lanes(totals[t][0], totals[t][1], totals[t][2], totals[t][3]);
         float* const to = out + t * out_stride;
-        if (rows >= tile) {
+        if (rows >= kTileRows) {
             _mm_storeu_ps(to, sums);
             continue;
         }
-        float copy[tile];
+        float copy[kTileRows];
         _mm_storeu_ps(copy, sums);
         for (int64_t r = 0; r < rows; ++r) to[r] = copy[r];
     }
 }
 
-// All rows of a range, by tiles of tokens.
+// Some columns of a range of rows, by tiles of tokens.
 template <WeightType type, int tokens = kFloatTileTokens>
-void multiply_float_tiles(const Matrix& weights, const float* x, int64_t count, int64_t row_begin,
-                          int64_t row_end, float* out, int64_t out_stride) {
+void multiply_float_tiles(const Matrix& weights, const float* x, const FloatPart& part,
+                          int64_t count, int64_t row_begin, int64_t row_end,
+                          Floats (*kept)[kTileRows], float* out, int64_t out_stride) {
     for (; count >= tokens; count -= tokens) {
-        for (int64_t row = row_begin; row < row_end; row += 4) {
-            multiply_float_tile<type, tokens>(weights, x, row, row_end - row, out + row - row_begin,
-                                              out_stride);
+        for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+            multiply_float_tile<type, tokens>(weights, x, part, row, row_end - row, kept,
+                                              out + row - row_begin, out_stride);
+            // Where totals are not kept, there is no room for them either.
+            if (!part.first || !part.last) kept += tokens;
         }
         x += tokens * weights.columns;
         out += tokens * out_stride;
     }
     if constexpr (tokens > 1) {
         if (count > 0) {
-            multiply_float_tiles<type, tokens - 1>(weights, x, count, row_begin, row_end, out,
-                                                   out_stride);
+            multiply_float_tiles<type, tokens - 1>(weights, x, part, count, row_begin, row_end,
+                                                   kept, out, out_stride);
         }
     }
 }
@@ -82,15 +105,28 @@ void multiply_float_tiles(const Matrix& weights, const float* x, int64_t count, 
 template <WeightType type>
 void multiply_floats(const Matrix& weights, const Activations& input, int64_t tokens,
                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
-                     std::byte*) {
-    // Rows that stay in the second-level cache while the tokens pass.
-    constexpr int64_t cached_bytes = 256 * 1024;
-    const int64_t fitting = cached_bytes / (weights.columns * weight_bytes(type)) / 4 * 4;
-    const int64_t rows =
-        tokens <= kFloatTileTokens ? row_end - row_begin : (fitting < 4 ? int64_t{4} : fitting);
+                     std::byte* scratch) {
+    // One tile of tokens streams whole rows. More of them take a part of the columns at a time, so
+    // that a tile's inputs stay in the first-level cache and the weights in the second.
+    constexpr int64_t part_columns = 1024, block_rows = 32;
+    constexpr int64_t room = kLinearScratch / static_cast<int64_t>(sizeof(Floats)) / block_rows;
+    static_assert(block_rows % kTileRows == 0 && part_columns % kLanes == 0);
+    auto* const kept = reinterpret_cast<Floats(*)[kTileRows]>(scratch);
+    const bool one_tile = tokens <= kFloatTileTokens;
+    const int64_t columns = weights.columns;
+    const int64_t step = one_tile ? columns : part_columns;
+    const int64_t rows = one_tile ? row_end - row_begin : block_rows;
     for (int64_t row = row_begin; row < row_end; row += rows) {
-        multiply_float_tiles<type>(weights, input.values, tokens, row, smaller(row + rows, row_end),
-                                   out + row - row_begin, out_stride);
+        const int64_t end = smaller(row + rows, row_end);
+        for (int64_t token = 0; token < tokens; token += room) {
+            for (int64_t column = 0; column < columns; column += step) {
+                const FloatPart part{column, smaller(step, columns - column), column == 0,
+                                     column + step >= columns};
+                multiply_float_tiles<type>(weights, input.values + token * columns, part,
+                                           smaller(room, tokens - token), row, end, kept,
+                                           out + token * out_stride + row - row_begin, out_stride);
+            }
+        }
     }
 }
 

@@ -31,19 +31,23 @@ struct Pairs {
     Words even, odd;
 };
 
-// A quad's bits from a plane, moved to bit `to` and above of each code.
-template <int bits, int quad, int to>
-SMOLRUN_INLINE Pairs read_plane(const std::byte* plane) {
-    constexpr int quads_in_word = 8 / bits;
-    constexpr int bit = bits * (quad % quads_in_word);
-    const Words mask = broadcast_word(((1 << bits) - 1) << to << 16 | ((1 << bits) - 1) << to);
-    const Words words = load_words(plane + quad / quads_in_word * kWordBytes);
-    const Words even = bit_and(shift_right<bit - to>(words), mask);
-    if constexpr (to == 0 && bit + bits == 8) {
-        return {even, shift_right_16<bit + 8>(words)};  // the topmost bits need no mask
-    } else {
-        return {even, bit_and(shift_right<bit + 8 - to>(words), mask)};
-    }
+// Bits `bits` wide from bit `bit` of every byte, moved to bit `to`.
+template <int bits, int bit, int to>
+SMOLRUN_INLINE Words read_bytes(Words words) {
+    constexpr int mask = ((1 << bits) - 1) << to;
+    return bit_and(shift_right<bit - to>(words), broadcast_word(mask * 0x01010101));
+}
+
+// Where a quad stands in a plane: which word of a row, which bit of its bytes.
+template <int bits, int quad>
+struct Place {
+    static constexpr int quads_in_word = 8 / bits;
+    static constexpr int64_t word = quad / quads_in_word * kWordBytes;
+    static constexpr int bit = bits * (quad % quads_in_word);
+};
+
+SMOLRUN_INLINE Pairs widen_bytes(Words bytes) {
+    return {bit_and(bytes, broadcast_word(0x00ff00ff)), shift_right_16<8>(bytes)};
 }
 
 constexpr int8_t unsigned_value(int i) {
@@ -59,17 +63,25 @@ constexpr int8_t kUnsignedValues[16] = {
 template <WeightType type, int quad>
 SMOLRUN_INLINE Pairs read_codes(const std::byte* low, const std::byte* high) {
     constexpr PackedLayout at = Format<type>::at;
-    if constexpr (at.lookup) {
-        const Words words = shift_right<4 * (quad % 2)>(load_words(low + quad / 2 * kWordBytes));
-        const Words values = look_up(kUnsignedValues, bit_and(words, broadcast_word(0x0f0f0f0f)));
-        return {bit_and(values, broadcast_word(0x00ff00ff)), shift_right_16<8>(values)};
+    using Low = Place<at.low_bits, quad>;
+    const Words words = load_words(low + Low::word);
+    if constexpr (at.high_bits != 0) {
+        using High = Place<at.high_bits, quad>;
+        const Words lower = read_bytes<at.low_bits, Low::bit, 0>(words);
+        const Words upper =
+            read_bytes<at.high_bits, High::bit, at.low_bits>(load_words(high + High::word));
+        return widen_bytes(bit_or(lower, upper));
+    } else if constexpr (at.lookup) {
+        return widen_bytes(look_up(kUnsignedValues, read_bytes<at.low_bits, Low::bit, 0>(words)));
     } else {
-        Pairs codes = read_plane<at.low_bits, quad, 0>(low);
-        if constexpr (at.high_bits != 0) {
-            const Pairs upper = read_plane<at.high_bits, quad, at.low_bits>(high);
-            codes = {bit_or(codes.even, upper.even), bit_or(codes.odd, upper.odd)};
+        // One plane: straight to pairs, where the topmost bits need no mask.
+        const Words mask = broadcast_word(((1 << at.low_bits) - 1) * 0x00010001);
+        const Words even = bit_and(shift_right<Low::bit>(words), mask);
+        if constexpr (Low::bit + at.low_bits == 8) {
+            return {even, shift_right_16<Low::bit + 8>(words)};
+        } else {
+            return {even, bit_and(shift_right<Low::bit + 8>(words), mask)};
         }
-        return codes;
     }
 }
 

@@ -68,63 +68,58 @@ SMOLRUN_INLINE void finish_dots(Words (&dots)[2], const Scales& scales, const in
     }
 }
 
+// One group of rows.
 template <WeightType type, int tokens>
 void multiply_directly(const Matrix& weights, const Activations& input, int64_t first_token,
-                       int64_t row_begin, int64_t row_end, float* out, int64_t out_stride) {
+                       int64_t row, int64_t row_end, float* out, int64_t out_stride) {
     using F = Format<type>;
     constexpr int halves = static_cast<int>(kGroupRows) / kLanes;
     const int64_t pieces = weights.columns / kPieceWeights;
     const int64_t blocks = pieces / F::block_pieces;
-    const std::byte* block = weights.data + row_begin / kGroupRows * blocks * F::block_bytes;
-    for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-        Floats totals[halves][tokens];
-        for (auto& half : totals) {
-            for (Floats& total : half) total = broadcast(0.0f);
-        }
-        const int16_t* codes = input.codes + first_token * weights.columns;
-        const float* input_scale = input.scales + first_token * pieces;
-        const int32_t* sums = input.sums + first_token * 2 * pieces;
-        for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
-            for (int64_t line = 0; line < F::block_bytes; line += 64) {
-                _mm_prefetch(reinterpret_cast<const char*>(block + line + kPrefetchBytes),
-                             _MM_HINT_T0);
-            }
-            for (int piece = 0; piece < F::block_pieces; ++piece) {
-                for (int half = 0; half < halves; ++half) {
-                    const int lane = half * kLanes;
-                    Words dots[tokens][2];
-                    for (auto& of_token : dots) of_token[0] = of_token[1] = zero_words();
-                    auto multiply = [&]<int quad>(Pairs pairs) SMOLRUN_INLINE_LAMBDA {
-                        constexpr int first = F::sub_blocks ? quad / 4 : 0;
-                        constexpr int second = F::sub_blocks ? quad / 4 : 1;
-                        for (int t = 0; t < tokens; ++t) {
-                            const int16_t* x = codes + t * weights.columns + 4 * quad;
-                            dots[t][first] = dot(dots[t][first], pairs.even, broadcast_pair(x));
-                            dots[t][second] =
-                                dot(dots[t][second], pairs.odd, broadcast_pair(x + 2));
-                        }
-                    };
-                    each_quad<type>(block, piece, lane, multiply);
-                    const Scales scales = read_scales<type>(block, piece, lane);
+    const std::byte* block = weights.data + row / kGroupRows * blocks * F::block_bytes;
+    const int16_t* codes = input.codes + first_token * weights.columns;
+    const float* input_scale = input.scales + first_token * pieces;
+    const int32_t* sums = input.sums + first_token * 2 * pieces;
+    Floats totals[halves][tokens];
+    for (auto& half : totals) {
+        for (Floats& total : half) total = broadcast(0.0f);
+    }
+    for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
+        prefetch(block + kPrefetchBytes, F::block_bytes);
+        for (int piece = 0; piece < F::block_pieces; ++piece) {
+            for (int half = 0; half < halves; ++half) {
+                const int lane = half * kLanes;
+                Words dots[tokens][2];
+                for (auto& of_token : dots) of_token[0] = of_token[1] = zero_words();
+                auto multiply = [&]<int quad>(Pairs pairs) SMOLRUN_INLINE_LAMBDA {
+                    constexpr int first = F::sub_blocks ? quad / 4 : 0;
+                    constexpr int second = F::sub_blocks ? quad / 4 : 1;
                     for (int t = 0; t < tokens; ++t) {
-                        const PieceInput of_token{input_scale[t * pieces], sums + t * 2 * pieces};
-                        finish_dots<type>(dots[t], scales, of_token.sums);
-                        totals[half][t] = add_piece<StepsOf<type>>(
-                            totals[half][t], dots[t], scales.scale, scales.minimum, of_token);
+                        const int16_t* x = codes + t * weights.columns + 4 * quad;
+                        dots[t][first] = dot(dots[t][first], pairs.even, broadcast_pair(x));
+                        dots[t][second] = dot(dots[t][second], pairs.odd, broadcast_pair(x + 2));
                     }
+                };
+                each_quad<type>(block, piece, lane, multiply);
+                const Scales scales = read_scales<type>(block, piece, lane);
+                for (int t = 0; t < tokens; ++t) {
+                    const PieceInput of_token{input_scale[t * pieces], sums + t * 2 * pieces};
+                    finish_dots<type>(dots[t], scales, of_token.sums);
+                    totals[half][t] = add_piece<StepsOf<type>>(
+                        totals[half][t], dots[t], scales.scale, scales.minimum, of_token);
                 }
-                codes += kPieceWeights;
-                input_scale += 1;
-                sums += 2;
             }
+            codes += kPieceWeights;
+            input_scale += 1;
+            sums += 2;
         }
-        for (int half = 0; half < halves; ++half) {
-            const int64_t rows = row_end - row - half * kLanes;
-            if (rows <= 0) break;
-            for (int t = 0; t < tokens; ++t) {
-                float* to = out + (first_token + t) * out_stride + row - row_begin + half * kLanes;
-                store_up_to(to, totals[half][t], smaller(kLanes, rows));
-            }
+    }
+    for (int half = 0; half < halves; ++half) {
+        const int64_t rows = row_end - row - half * kLanes;
+        if (rows <= 0) break;
+        for (int t = 0; t < tokens; ++t) {
+            store_up_to(out + (first_token + t) * out_stride + half * kLanes, totals[half][t],
+                        smaller(kLanes, rows));
         }
     }
 }
@@ -195,11 +190,14 @@ void multiply_tile(const Part<vectors>& part, const Activations& input, int64_t 
         }
     }
     const int64_t first = first_token * row_pieces + part.first_piece;
-    const int16_t* codes = input.codes + first * kPieceWeights;
+    const int16_t* codes[tokens];
+    for (int t = 0; t < tokens; ++t) {
+        codes[t] = input.codes + first * kPieceWeights + t * input.columns;
+    }
     const float* scale = input.scales + first;
     const int32_t* sums = input.sums + 2 * first;
     for (const Unpacked<vectors>*piece = part.pieces, *end = piece + part.count; piece < end;
-         ++piece, codes += kPieceWeights, ++scale, sums += 2) {
+         ++piece, ++scale, sums += 2) {
         constexpr int rounds = Steps::two_sums ? 2 : 1;
         for (int round = 0; round < rounds; ++round) {
             Words dots[tokens][vectors];
@@ -207,15 +205,19 @@ void multiply_tile(const Part<vectors>& part, const Activations& input, int64_t 
                 for (Words& one : of_token) one = zero_words();
             }
             constexpr int words = kPieceWords / rounds;
-#pragma GCC unroll 4
-            for (int i = round * words; i < (round + 1) * words; ++i) {
+            // Hides where the pointers come from, so that the compiler addresses by them instead of
+            // computing each address of the unrolled loop beforehand, more than it has registers.
+            for (const int16_t*& of_token : codes) __asm__("" : "+r"(of_token));
+            const auto* const rows = piece->codes + words * round;
+#pragma GCC unroll 16
+            for (int i = 0; i < words; ++i) {
                 for (int t = 0; t < tokens; ++t) {
-                    const Words pair = broadcast_pair(codes + t * input.columns + 2 * i);
-                    for (int v = 0; v < vectors; ++v) {
-                        dots[t][v] = dot(dots[t][v], piece->codes[i][v], pair);
-                    }
+                    const Words pair = broadcast_pair(codes[t] + 2 * i);
+                    for (int v = 0; v < vectors; ++v)
+                        dots[t][v] = dot(dots[t][v], rows[i][v], pair);
                 }
             }
+            for (const int16_t*& of_token : codes) of_token += 2 * words;
             for (int t = 0; t < tokens; ++t) {
                 const PieceInput of_token{scale[t * row_pieces], sums + 2 * t * row_pieces};
                 for (int v = 0; v < vectors; ++v) {
@@ -266,8 +268,14 @@ void multiply_rows(const Matrix& weights, const Activations& input, int64_t toke
             const int piece = static_cast<int>((first + i) % F::block_pieces);
             for (int v = 0; v < vectors; ++v) {
                 const int64_t group = row / kGroupRows + v / halves;
-                unpack<type>(weights.data + group * group_bytes + block * F::block_bytes, piece,
-                             v % halves * kLanes, v, unpacked[i]);
+                const std::byte* const from =
+                    weights.data + group * group_bytes + block * F::block_bytes;
+                // What the next unpacking reads comes while this one is multiplied.
+                if (piece == 0 && v % halves == 0) {
+                    prefetch(from + kUnpackedPieces / F::block_pieces * F::block_bytes,
+                             F::block_bytes);
+                }
+                unpack<type>(from, piece, v % halves * kLanes, v, unpacked[i]);
             }
         }
         const Part<vectors> part{unpacked,      first, count,     first == 0,
@@ -276,13 +284,18 @@ void multiply_rows(const Matrix& weights, const Activations& input, int64_t toke
     }
 }
 
+// Few tokens: one group of rows at a time, which the passes after the first find in the cache.
 template <WeightType type, int tokens = kDirectTokens>
-void multiply_few(const Matrix& weights, const Activations& input, int64_t count, int64_t row_begin,
-                  int64_t row_end, float* out, int64_t out_stride) {
-    if (count == tokens) {
-        multiply_directly<type, tokens>(weights, input, 0, row_begin, row_end, out, out_stride);
-    } else if constexpr (tokens > 1) {
-        multiply_few<type, tokens - 1>(weights, input, count, row_begin, row_end, out, out_stride);
+void multiply_few(const Matrix& weights, const Activations& input, int64_t first_token, int64_t end,
+                  int64_t row, int64_t row_end, float* out, int64_t out_stride) {
+    for (; first_token + tokens <= end; first_token += tokens) {
+        multiply_directly<type, tokens>(weights, input, first_token, row, row_end, out, out_stride);
+    }
+    if constexpr (tokens > 1) {
+        if (first_token < end) {
+            multiply_few<type, tokens - 1>(weights, input, first_token, end, row, row_end, out,
+                                           out_stride);
+        }
     }
 }
 
@@ -290,15 +303,15 @@ template <WeightType type>
 void multiply_quantized(const Matrix& weights, const Activations& input, int64_t tokens,
                         int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                         std::byte* scratch) {
-    if (tokens <= kDirectTokens) {
-        multiply_few<type>(weights, input, tokens, row_begin, row_end, out, out_stride);
-        return;
-    }
     constexpr int64_t tile_rows = kTileVectors * kLanes;
     constexpr int group_vectors = static_cast<int>(kGroupRows) / kLanes;
-    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+    const bool few = tokens <= kFewTokens;
+    for (int64_t row = row_begin; row < row_end; row += few ? kGroupRows : tile_rows) {
         float* const to = out + row - row_begin;
-        if (group_vectors < kTileVectors && row + kGroupRows >= row_end) {
+        if (few) {
+            multiply_few<type>(weights, input, 0, tokens, row, smaller(row + kGroupRows, row_end),
+                               to, out_stride);
+        } else if (group_vectors < kTileVectors && row + kGroupRows >= row_end) {
             multiply_rows<type, group_vectors>(weights, input, tokens, row, row_end, to, out_stride,
                                                scratch);
         } else {
