@@ -14,7 +14,6 @@ import re
 import shutil
 import socket
 import threading
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +204,8 @@ def unreachable(endpoint: str) -> str | None:
     A name lookup can hang for longer than any socket timeout, so all of it runs aside and is given
     CONNECT_SECONDS.
     """
+    import urllib.request
+
     url = urlsplit(endpoint)
     host, port = url.hostname, url.port or (80 if url.scheme == "http" else 443)
     proxy = urllib.request.getproxies().get(url.scheme)
