@@ -48,6 +48,7 @@ class AnswerPrinter:
         self.console = console
         self.hide_thinking = hide_thinking
         self._thinking = False
+        self._began = False
         self._ends_line = True
 
     def show(self, stream: Stream) -> Result:
@@ -56,7 +57,7 @@ class AnswerPrinter:
 
         console = self.console
         result: Result | None = None
-        self._ends_line = True
+        self._began, self._ends_line = False, True
         with stops_on_interrupt(stream.cancel):
             try:
                 for event in stream:
@@ -79,10 +80,12 @@ class AnswerPrinter:
     def _show_text(self, text: str) -> None:
         if self._thinking:
             self._end_thinking()
-        if self._ends_line and not text.strip("\n") and is_terminal(self.console.out):
-            return  # no empty lines before the answer
-        self.console.write(text)
-        self._ends_line = text.endswith("\n")
+        if not self._began and is_terminal(self.console.out):
+            text = text.lstrip("\n")  # no empty lines before an answer that a person reads
+        if text:
+            self.console.write(text)
+            self._began = True
+            self._ends_line = text.endswith("\n")
 
     def _show_thinking(self, text: str) -> None:
         console = self.console
@@ -124,7 +127,7 @@ def statistics_line(result: Result) -> str:
         prompt += f" ({usage.cached_tokens} cached)"
     if timings.prompt_per_second:
         prompt += f", {timings.prompt_per_second:.0f}/s"
-    answer = f"{usage.completion_tokens} tokens"
+    answer = f"{usage.completion_tokens} token{'s' * (usage.completion_tokens != 1)}"
     if usage.reasoning_tokens:
         answer += f" ({usage.reasoning_tokens} thinking)"
     if timings.predicted_per_second:

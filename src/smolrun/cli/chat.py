@@ -110,10 +110,13 @@ class Chat:
     def loop(self, first: str | None, messages: Iterator[str | None]) -> int:
         """Answer until the messages end; None in their place is a Ctrl-C at the prompt.
 
-        The first Ctrl-C stops an answer, or says what the second one does: leave.
+        The first Ctrl-C stops an answer, or says what the second one does: leave. Where nobody
+        types, the first one leaves.
         """
         interrupted = self.turn(first) if first else False
         for message in messages:
+            if interrupted and not self.console.interactive:
+                return 130
             if message is None:
                 if interrupted:
                     return 130

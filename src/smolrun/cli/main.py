@@ -99,7 +99,7 @@ def _run(arguments: list[str]) -> int:
         f"smolrun {verb}", (module.__doc__ or "").strip(), getattr(module, "EPILOG", "")
     )
     module.add_arguments(parser)
-    parsed = parser.parse_args(arguments[1:])
+    parsed = parser.parse_intermixed_args(arguments[1:])  # flags stand between words too
     if parsed.verbose >= 2:
         os.environ["SMOLRUN_DEBUG"] = "1"
     console = console_of(parsed)

@@ -111,6 +111,10 @@ def load(name: str, arguments: argparse.Namespace, console: Console) -> Model:
         load_progress=lambda done, total: console.working(f"loading {path.name}", done, total),
     )
     console.clear_progress()
+    if console.verbose:
+        loaded = model.loaded
+        console.note(f"{path}: {loaded.threads.value} threads, {loaded.threads.why}")
+        console.note(f"context of {model.context_size} tokens: {loaded.kv_plan.why}")
     for note in model.notes:
         console.note(note)
     return model

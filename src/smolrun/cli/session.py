@@ -158,9 +158,9 @@ class Session:
             values = json.loads(read_text(path))
         except ValueError as error:
             raise RequestError(f"{path}: not a saved conversation: {error}") from None
-        turns = values.get("messages") if isinstance(values, dict) else None
-        system, think = (values.get(k) for k in ("system", "think")) if turns else (None, None)
-        sampling = values.get("sampling", {}) if turns else {}
+        values = values if isinstance(values, dict) else {}
+        turns, sampling = values.get("messages"), values.get("sampling", {})
+        system, think = values.get("system"), values.get("think")
         if (
             not isinstance(turns, list)
             or not all(_is_turn(turn, place) for place, turn in enumerate(turns))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from smolrun.model.config import ModelConfig
 
 CONTEXTS = (2048, 8192, 32768, 65536, 131072)
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -111,7 +112,9 @@ def _weights(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def _memory(checkpoint: Checkpoint) -> list[dict[str, int]]:
     """Per context size: bytes of the KV cache of one conversation, and with the weights."""
     config = checkpoint.config
-    limit = max(config.max_position_embeddings, 131072 if config.model_type == "smollm3" else 0)
+    limit = config.max_position_embeddings
+    if config.model_type == "smollm3" and limit == 65536:
+        limit *= 2  # YaRN, see ModelConfig.with_context
     sizes = sorted({size for size in CONTEXTS if size < limit} | {limit})
     weights = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
     return [
@@ -142,9 +145,13 @@ def as_text(checkpoint: Checkpoint) -> str:
         ("vocabulary", f"{config.vocab_size} tokens"),
         ("chat", _chat(checkpoint)),
     ]
-    if checkpoint.generation:
-        settings = [f"{key} {value}" for key, value in checkpoint.generation.items()]
-        facts.append(("generation", ", ".join(settings)))
+    settings = [
+        f"{key} {value:g}"
+        for key, value in checkpoint.generation.items()
+        if key in _SAMPLING and isinstance(value, (int, float))
+    ]
+    if settings:
+        facts.append(("sampling", ", ".join(settings)))
     rows = [("weights", "tensors", "parameters", "size", "bits each")]
     for entry in _weights(checkpoint):
         rows.append(

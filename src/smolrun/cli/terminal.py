@@ -58,7 +58,6 @@ class Console:
     """stdout for data, stderr for everything else, and what the flags say about both."""
 
     def __init__(self, color: str = "auto", quiet: bool = False, verbose: int = 0) -> None:
-        self.out, self.err = sys.stdout, sys.stderr
         self.color_out = use_color(self.out, color)
         self.color_err = use_color(self.err, color)
         self.quiet = quiet
@@ -66,6 +65,16 @@ class Console:
         self._progress_shown = False
         self._progress_at = 0.0
         self._started: dict[str, tuple[float, int]] = {}
+
+    @property
+    def out(self) -> TextIO:
+        """Where data goes."""
+        return sys.stdout
+
+    @property
+    def err(self) -> TextIO:
+        """Where everything else goes."""
+        return sys.stderr
 
     @property
     def interactive(self) -> bool:
@@ -131,11 +140,14 @@ class Console:
         if not total:
             self.progress(f"{what}  {human_bytes(done)}  {human_bytes(rate)}/s")
             return
-        line = f"{what}  {bar(done / total)}  {human_bytes(done)} of {human_bytes(total)}"
-        if rate > 0 and done < total:
-            line += f"  {human_bytes(rate)}/s  {(total - done) / rate:.0f} s left"
+        room = max(shutil.get_terminal_size().columns - 54, 12)
+        shown = what if len(what) <= room else what[: room - 1] + "…"
+        line = f"{shown} {bar(done / total)} of {human_bytes(total)}"
+        if rate > 0:
+            line += f", {human_bytes(rate)}/s, {(total - done) / rate:.0f} s left"
         self.progress(line)
         if done >= total:
+            del self._started[what]
             self.clear_progress()
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -149,8 +161,9 @@ class Console:
             self.progress(f"{what}  {bar(done / total)}  {done} of {total}")
 
 
-def bar(share: float, width: int = 24) -> str:
+def bar(share: float) -> str:
     """A bar of progress with its share: `━━━━────  50 %`."""
+    width = 24 if shutil.get_terminal_size().columns >= 120 else 10
     filled = round(min(max(share, 0.0), 1.0) * width)
     return "━" * filled + "─" * (width - filled) + f" {100 * share:3.0f} %"
 

