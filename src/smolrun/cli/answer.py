@@ -132,8 +132,9 @@ def statistics_line(result: Result) -> str:
         answer += f" ({usage.reasoning_tokens} thinking)"
     if timings.predicted_per_second:
         answer += f", {timings.predicted_per_second:.1f}/s"
-    first = f"first after {timings.prompt_ms / 1000:.2f} s"
-    parts = [prompt, answer, first]
+    parts = [prompt, answer]
+    if usage.completion_tokens:
+        parts.append(f"first after {timings.prompt_ms / 1000:.2f} s")
     if result.finish_reason == "length":
         parts.append("cut off at the limit of tokens (-n, -c)")
     elif result.finish_reason == "cancelled":

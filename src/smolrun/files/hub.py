@@ -230,31 +230,26 @@ def unreachable(endpoint: str) -> str | None:
 
 
 def _repository(name: HubName, endpoint: str) -> ModelInfo:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    import huggingface_hub.utils
 
+    kinds: Any = huggingface_hub.utils  # every version has its errors here
     try:
-        return HfApi(endpoint=endpoint).model_info(
+        return huggingface_hub.HfApi(endpoint=endpoint).model_info(
             name.repo, timeout=LISTING_SECONDS, files_metadata=True
         )
-    except GatedRepoError as error:
+    except kinds.GatedRepoError as error:
         raise DownloadError(
             f"{name.repo} asks for an agreement: accept it on {endpoint}/{name.repo}, then set "
             "HF_TOKEN to a token of that account"
         ) from error
-    except RepositoryNotFoundError as error:
+    except kinds.RepositoryNotFoundError as error:
         raise ModelNotFoundError(
             f"there is no public repository {name.repo} on {endpoint}; check the spelling, or set "
             "HF_TOKEN if it is private"
         ) from error
-    except HFValidationError as error:
+    except kinds.HFValidationError as error:
         raise ModelNotFoundError(f"{name.repo!r} is not a repository name: {error}") from error
-    except HfHubHTTPError as error:
+    except kinds.HfHubHTTPError as error:
         raise DownloadError(f"{endpoint} refused {name.repo}: {_first_line(error)}") from error
     except Exception as error:  # errors of the HTTP client, whichever the library uses
         raise HubUnreachableError(f"{endpoint} did not answer: {_first_line(error)}") from error
