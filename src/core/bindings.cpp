@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "ceilings.h"
 #include "dispatch.h"
 #include "machine.h"
 
@@ -39,6 +40,17 @@ nb::dict machine() {
     return result;
 }
 
+nb::dict ceilings(const std::string& isa, int threads, int samples, int64_t read_bytes) {
+    std::vector<Ceiling> found;
+    {
+        const GilReleased released;
+        found = measure_ceilings(isa, threads, samples, read_bytes);
+    }
+    nb::dict result;
+    for (const Ceiling& ceiling : found) result[ceiling.name.c_str()] = ceiling.rates;
+    return result;
+}
+
 }  // namespace
 
 GilReleased::GilReleased() : state_(PyEval_SaveThread()) {}
@@ -60,6 +72,8 @@ NB_MODULE(_core, module) {
     module.def("isas", &isas);
     module.def("default_isa", [] { return isas().back(); });
     module.def("machine", &machine);
+    module.def("ceilings", &ceilings, nb::arg("isa"), nb::arg("threads"), nb::arg("samples") = 5,
+               nb::arg("read_bytes") = int64_t{256} << 20);
     bind_runner(module);
     bind_kernels(module);
 

@@ -1,6 +1,7 @@
 // Weight and Runner as Python sees them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
@@ -159,6 +160,19 @@ class PythonRunner {
         runner_->set_threads(threads);
     }
 
+    void set_profiling(bool on) {
+        const Runner::Use use(*runner_);
+        runner_->set_profiling(on);
+    }
+
+    nb::dict profile() {
+        const Runner::Use use(*runner_);
+        nb::dict result;
+        result["nanoseconds"] = runner_->profile().nanoseconds();
+        result["ends"] = runner_->profile().ends();
+        return result;
+    }
+
     int threads() const { return runner_->threads(); }
     std::string isa() const { return runner_->program().kernels().name; }
     int64_t kv_block_bytes() const { return runner_->kv().block_bytes(); }
@@ -211,6 +225,8 @@ void bind_runner(nb::module_& module) {
         .def("zero_blocks", &PythonRunner::zero_blocks, nb::arg("blocks"))
         .def("release_blocks", &PythonRunner::release_blocks, nb::arg("blocks"))
         .def("set_threads", &PythonRunner::set_threads, nb::arg("threads"))
+        .def("set_profiling", &PythonRunner::set_profiling, nb::arg("on"))
+        .def("profile", &PythonRunner::profile)
         .def_prop_ro("threads", &PythonRunner::threads)
         .def_prop_ro("isa", &PythonRunner::isa)
         .def_prop_ro("kv_block_bytes", &PythonRunner::kv_block_bytes)

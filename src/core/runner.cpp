@@ -170,11 +170,28 @@ void Runner::run() {
     program_.set_positions(arrays_.positions, arrays_.tokens);
     const StepContext step{program_.dimensions(), program_.kernels(), program_.scratch(), kv_,
                            arrays_};
+    if (profiling_) {
+        run_profiled(step);
+        return;
+    }
     team_->run([&](Worker& worker) {
         for (const Operation& operation : program_.operations()) {
             run_operation(operation, step, worker);
         }
     });
+}
+
+void Runner::run_profiled(const StepContext& step) {
+    const std::vector<Operation>& operations = program_.operations();
+    profile_.start(team_->threads(), operations.size());
+    team_->run([&](Worker& worker) {
+        for (size_t i = 0; i < operations.size(); ++i) {
+            const int64_t before = worker.chunks_done();
+            run_operation(operations[i], step, worker);
+            if (worker.chunks_done() > before) profile_.finished(worker.index(), i);
+        }
+    });
+    profile_.stop();
 }
 
 void Runner::check_blocks(const int32_t* blocks, int64_t count) const {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kv.h"
+#include "profile.h"
 #include "program.h"
 #include "threads.h"
 
@@ -52,12 +53,17 @@ class Runner {
     void zero_blocks(const int32_t* blocks, int64_t count);
     void release_blocks(const int32_t* blocks, int64_t count);
     void set_threads(int threads);
+    // Whether the steps from now on note when each operation was done.
+    void set_profiling(bool on) { profiling_ = on; }
 
+    // Of the last step that was profiled.
+    const Profile& profile() const { return profile_; }
     const Program& program() const { return program_; }
     const KvPool& kv() const { return kv_; }
     int threads() const { return program_.dimensions().threads; }
 
   private:
+    void run_profiled(const StepContext& step);
     void check_tokens(const StepRequest& request) const;
     void copy_tables(const StepRequest& request);
     void check_slots(const StepRequest& request);
@@ -68,6 +74,8 @@ class Runner {
     KvPool kv_;
     std::unique_ptr<Team> team_;
     std::atomic<bool> busy_{false};
+    bool profiling_ = false;
+    Profile profile_;
 
     // The prepared step. The arrays are copies: their owner may change them at any time.
     StepArrays arrays_{};

@@ -83,6 +83,7 @@ class Worker {
 
     int index() const { return index_; }
     int threads() const { return team_.threads(); }
+    int64_t chunks_done() const { return chunks_done_; }  // by this thread, in this step
 
     // The next phase: work(chunk) for every chunk in [0, chunks), each by one of the threads.
     template <class Work>
@@ -107,6 +108,7 @@ class Worker {
             ticket_ = take();
         }
         if (finished > 0) team_.finish(phase_, finished, end);
+        chunks_done_ += finished;
         begin_ = end;
         ++phase_;
     }
@@ -121,6 +123,7 @@ class Worker {
     int64_t ticket_ = -1;  // the chunk this thread holds; none yet
     int64_t begin_ = 0;    // ticket of the phase's first chunk
     uint32_t phase_ = 0;
+    int64_t chunks_done_ = 0;
 };
 
 }  // namespace smolrun

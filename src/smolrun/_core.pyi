@@ -26,6 +26,20 @@ class _Machine(TypedDict):
 def machine() -> _Machine:
     """The processor, as the system describes it."""
 
+def ceilings(
+    isa: str, threads: int, samples: int = 5, read_bytes: int = 1 << 28
+) -> dict[str, list[float]]:
+    """What this machine reaches at most with so many threads: one figure per sample.
+
+    `read`: bytes a second of a streaming read over read_bytes of memory. `f32`, `int16`, `int8`,
+    `bf16`: operations a second of multiply-and-add instructions, two each; those that the
+    instruction set lacks are left out. ValueError for a number out of range.
+    """
+
+class _Profile(TypedDict):
+    nanoseconds: int  # of the whole step
+    ends: list[list[int]]  # [thread][operation], after the step's start; -1: it had no part in it
+
 class Weight:
     """A weight matrix, ready for the kernels.
 
@@ -119,6 +133,12 @@ class Runner:
 
     def set_threads(self, threads: int) -> None:
         """From now on computes with so many threads; results stay the same, bit for bit."""
+
+    def set_profiling(self, on: bool) -> None:
+        """Whether steps from now on note when each operation was done."""
+
+    def profile(self) -> _Profile:
+        """Times of the last step that was profiled; no operations before the first."""
 
     @property
     def threads(self) -> int: ...
