@@ -155,7 +155,27 @@ def test_vocabulary_of_real_size(shared_data: Path) -> None:
             assert values[index] == bytes(field.parts[field.data[index]]).decode()
     assert (data.bos_token_id, data.eos_token_id) == (128_000, 128_001)
     assert data.pre_tokenizer == "llama-bpe"
-    assert data.add_bos_token
+    assert not data.add_bos_token  # the file is silent
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["smollm", "smaug-bpe", "llama-bpe"])
+@pytest.mark.parametrize("stored", [None, False, True])
+def test_bos_is_added_only_where_the_file_says_so(
+    tmp_path: Path, pre_tokenizer: str, stored: bool | None
+) -> None:
+    key = "tokenizer.ggml.add_bos_token"
+    metadata = {
+        **tiny_metadata(),
+        "tokenizer.ggml.pre": ("string", pre_tokenizer),
+        key: ("bool", stored),
+    }
+    if stored is None:
+        del metadata[key]
+    path = tmp_path / "bos.gguf"
+    path.write_bytes(gguf_image(metadata, {}).to_bytes())
+    data = gguf_tokenizer(GgufFile.open(path))
+    assert data is not None
+    assert data.add_bos_token is bool(stored)
 
 
 def test_a_file_without_vocabulary(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def load_model(
             tokenizer = Tokenizer(checkpoint.tokenizer, plan.config.vocab_size)
             if checkpoint.chat_template is not None:
                 template = ChatTemplate(checkpoint.chat_template, tokenizer, str(checkpoint.path))
+            checkpoint.drop_vocabulary()  # before the weights come in
         weights = native_weights(checkpoint, plan.program, plan.threads.value, load_progress)
         engine = _started(plan, weights, isa, max_sequences, str(checkpoint.path))
         eos = {*checkpoint.config.eos_token_ids, *_generation_eos(checkpoint)}

@@ -103,6 +103,13 @@ class Checkpoint:
                 return file
         return None
 
+    def drop_vocabulary(self) -> None:
+        """Forget the tokenizer's lists, 45 MB for SmolLM3, once a tokenizer was built from them."""
+        self.tokenizer = None
+        self.metadata = {
+            key: value for key, value in self.metadata.items() if not isinstance(value, list)
+        }
+
     def close(self) -> None:
         """Forget the tensors; the files stay mapped while a view of them lives elsewhere."""
         self.tensors = {}

@@ -15,9 +15,6 @@ from smolrun.files.mapping import optional_string, read_json_file, read_small_fi
 MAX_TOKENIZER_JSON_BYTES = 64 << 20  # SmolLM3's has 17 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 
-# Pre-tokenizers after which a GGUF file that is silent on it wants the bos token added.
-_PRE_TOKENIZERS_ADDING_BOS = ("llama-bpe", "llama3", "llama-v3")
-
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -74,21 +71,18 @@ def gguf_tokenizer(file: GgufFile) -> TokenizerData | None:
     if unknown_types:
         keys.fail("token_type", f"expected 0 to 6, found {shown(sorted(unknown_types)[0])}")
 
-    pre_tokenizer = keys.get("pre", "string")
-    add_bos_token = keys.get("add_bos_token", "bool")
-    if add_bos_token is None:
-        add_bos_token = pre_tokenizer in _PRE_TOKENIZERS_ADDING_BOS
     return TokenizerData(
         origin=str(file.path),
         tokens=tokens,
         token_types=token_types if token_types is not None else [1] * len(tokens),
         merges=merges,
-        pre_tokenizer=pre_tokenizer,
+        pre_tokenizer=keys.get("pre", "string"),
         bos_token_id=keys.token_id("bos_token_id", len(tokens)),
         eos_token_id=keys.token_id("eos_token_id", len(tokens)),
         unk_token_id=keys.token_id("unknown_token_id", len(tokens)),
         pad_token_id=keys.token_id("padding_token_id", len(tokens)),
-        add_bos_token=add_bos_token,
+        # A silent file means no: nothing of the SmolLM family was trained with one.
+        add_bos_token=bool(keys.get("add_bos_token", "bool")),
     )
 
 
