@@ -358,7 +358,8 @@ class Model:
         """
         items: list[Any] = list(prompt) if _is_list(prompt) else []
         if not items or not (isinstance(items[0], str) or _is_list(items[0])):
-            return self._submit(self._prompt_ids(prompt), sampling, chat=False).result()
+            ids = self._prompt_ids(items or prompt)
+            return self._submit(ids, sampling, chat=False).result()
         prompts = [self._prompt_ids(item) for item in items]
         with contextlib.ExitStack() as streams:  # an error of one cancels the others
             started = [
@@ -451,4 +452,6 @@ def _as_messages(messages: Messages) -> Sequence[Mapping[str, Any]]:
 
 
 def _is_list(value: object) -> bool:
+    if getattr(value, "ndim", 1) == 0:  # a NumPy scalar calls itself iterable
+        return False
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))

@@ -20,7 +20,7 @@ from smolrun.engine.sampling import SampledToken, SamplingParameters, sampling_p
 from smolrun.errors import NonFiniteError
 from smolrun.quant.types import WeightType
 from tests.engine.fakes import TokenOutput, collect
-from tests.native.models import Model, nmse, small_config
+from tests.native.models import SCALE_OFFSETS, Model, nmse, random_blocks, small_config
 
 CONTEXT = 512
 TYPES = [
@@ -229,3 +229,28 @@ def test_a_broken_weight_ends_the_requests_it_reaches(value: float, place: int) 
         )
         assert ending.cached_tokens == 0
         assert [fine] == alone(model, [[7] * place + [8] * 31], bias)
+
+
+@pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
+def test_one_bad_scale_in_any_matrix_is_found(weight_type: WeightType) -> None:
+    """Quantizing activations and taking maxima must not turn NaN or infinity into a number."""
+    model = Model.random(small_config(tie_word_embeddings=False), [weight_type])
+    matrices = [name for name, shape in model.program.weights.items() if len(shape) == 2]
+    for place, name in enumerate(matrices):
+        rows, columns = model.program.weights[name]
+        data = random_blocks(np.random.default_rng(place), weight_type, rows, columns).copy()
+        blocks = data.reshape(-1, weight_type.block_bytes)
+        block = 3 * (columns // weight_type.block_weights) if "embed" in name else len(blocks) // 2
+        offset = SCALE_OFFSETS[weight_type][place % len(SCALE_OFFSETS[weight_type])]
+        value = np.array([(np.nan, np.inf, -np.inf)[place % 3]], np.float16)
+        blocks[block, offset : offset + 2] = value.view(np.uint8)
+        sound = model.native[name]
+        model.native[name] = _core.Weight(weight_type.value, rows, columns, data)
+        isa = _core.isas()[place % len(_core.isas())]
+        with engine_of(model, isa=isa) as engine:
+            request = engine.submit([3] * 33, parameters(GREEDY), TokenOutput())
+            with pytest.raises(NonFiniteError):
+                list(request)
+            with pytest.raises(NonFiniteError):
+                Forward(engine).forward([3] * 33)
+        model.native[name] = sound

@@ -239,6 +239,13 @@ def test_unreachable_is_said() -> None:
         resolve("a/b")
 
 
+@pytest.mark.parametrize("text", ["天" * 400, "~no-such-user", "/" + "x" * 5000, "/a\0b/c.gguf"])
+def test_what_no_file_can_be_called(text: str) -> None:
+    assert not looks_like_model(text) or text.endswith(".gguf")
+    with pytest.raises(ModelNotFoundError):
+        resolve(text)
+
+
 def test_near_names(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"did you mean smollm2-135m"):
         resolve("smollm2-135")

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
 # Byte offsets of the float16 scales in a block.
-_SCALES = {
+SCALE_OFFSETS = {
     WeightType.Q4_0: (0,),
     WeightType.Q4_1: (0, 2),
     WeightType.Q5_0: (0,),
@@ -75,12 +75,12 @@ def random_blocks(
         return np.frombuffer(stored.tobytes(), dtype=np.uint8)
     count = rows * columns // weight_type.block_weights
     blocks = random.integers(0, 256, (count, weight_type.block_bytes), dtype=np.uint8)
-    for offset in _SCALES[weight_type]:
+    for offset in SCALE_OFFSETS[weight_type]:
         # With two scales, the second is what is subtracted or added: both signs even it out.
         scales = (0.5 + random.random(count)) * np.where(random.random(count) < 0.5, -1, 1)
         blocks[:, offset : offset + 2] = scales.astype(np.float16)[:, None].view(np.uint8)
     deviation = float(np.std(dequantize(blocks.reshape(-1), weight_type, columns)))
-    for offset in _SCALES[weight_type]:
+    for offset in SCALE_OFFSETS[weight_type]:
         scales = np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16)
         scales = (scales / (deviation * np.sqrt(columns))).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8)

@@ -6,6 +6,7 @@ both can go on side by side.
 
 from __future__ import annotations
 
+import operator
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,6 +38,12 @@ class Forward:
         """See `Model.forward`."""
         tokens = self._checked_ids(input_ids)
         batch, count = tokens.shape
+        try:
+            start_pos = operator.index(start_pos)
+        except TypeError:
+            raise RequestError(
+                f"start_pos: expected a whole number, got {start_pos!r:.80}"
+            ) from None
         with self._lock:
             self._check_start(start_pos, batch)
             if start_pos + count > self._engine.context_size:
@@ -55,7 +62,10 @@ class Forward:
             self._engine.call(self._release)
 
     def _checked_ids(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        ids = np.asarray(input_ids)
+        try:
+            ids = np.asarray(input_ids)
+        except (ValueError, OverflowError) as error:  # rows of different lengths, for one
+            raise RequestError(f"input_ids: no array of token ids: {error}") from None
         if ids.ndim == 1:
             ids = ids[np.newaxis]
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):

@@ -169,10 +169,11 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
             )
         if isinstance(bias, (bool, np.bool_)) or not isinstance(bias, (int, float, np.number)):
             raise RequestError(f"logit_bias: expected a number for token {token}, got {bias!r:.80}")
-        number = float(bias)
-        if not -100 <= number <= 100:
-            raise RequestError(f"logit_bias: expected -100 to 100 for token {token}, got {number}")
-        biases[token] = number
+        if not -100 <= bias <= 100:
+            raise RequestError(
+                f"logit_bias: expected -100 to 100 for token {token}, got {bias!r:.80}"
+            )
+        biases[token] = float(bias)
     return biases
 
 

@@ -26,7 +26,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolrun.errors import DownloadError, ModelNotFoundError
+from smolrun.errors import DownloadError, ModelNotFoundError, RequestError
 from smolrun.files import cache, hub, index
 from smolrun.files.cache import CachedModel, cached_models
 from smolrun.files.hub import SAFETENSORS, HubName, Progress, canonical_quant
@@ -128,11 +128,14 @@ def resolve(
     but leaves the package index, which may be a folder. `refresh` asks the Hub even where the
     model is in the cache.
 
-    Raises ModelNotFoundError, with names that come close, and DownloadError.
+    Raises ModelNotFoundError, with names that come close, DownloadError, and RequestError where
+    `name` is no text.
     """
+    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
+        raise RequestError(f"model: expected a name or a path, got {name!r:.80}")
     text = os.fspath(name)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):
         return path
     if offline is None:
         offline = _is_on("SMOLRUN_OFFLINE")
@@ -151,8 +154,9 @@ def resolve(
 def looks_like_model(text: str) -> bool:
     """Whether someone who typed this meant a model rather than a prompt."""
     if not text or re.search(r"\s", text):
-        return bool(text) and text.lower().endswith(_MODEL_SUFFIXES) and Path(text).exists()
-    if Path(text).expanduser().exists() or text.lower().endswith(_MODEL_SUFFIXES):
+        return bool(text) and text.lower().endswith(_MODEL_SUFFIXES) and os.path.exists(text)
+    # os.path, because Path raises where a text is too long for a name or names no user.
+    if os.path.exists(os.path.expanduser(text)) or text.lower().endswith(_MODEL_SUFFIXES):
         return True
     return text.lower().startswith("smollm") or _as_repo(text) is not None
 
@@ -277,7 +281,7 @@ def _near_names(text: str) -> str:
 def _near_files(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
+    except (OSError, ValueError):
         return f"; the folder {path.parent} does not exist or can not be read"
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     return (

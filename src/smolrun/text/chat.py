@@ -168,6 +168,8 @@ class ChatTemplate:
 
         if date is None:
             moment = datetime.datetime.now()
+        elif not isinstance(date, datetime.date):
+            raise RequestError(f"date: expected a datetime.date, found {date!r:.80}")
         else:
             moment = datetime.datetime(date.year, date.month, date.day)
         given: dict[str, Any] = {**self._special, **variables}

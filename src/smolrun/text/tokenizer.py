@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -146,6 +147,8 @@ class Tokenizer:
             add_bos: put the beginning-of-sequence token in front; None does what the file says,
                 which for the SmolLM family is no.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"text: expected a str, found {type(text).__name__}")
         library = self._library if parse_special else self._without_control_tokens()
         text = _without_lone_surrogates(text)
         try:
@@ -174,12 +177,18 @@ class Tokenizer:
             ids: token ids, each within the model's vocabulary.
             skip_special: leave control tokens out.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise RequestError(f"ids: expected token ids, found {type(ids).__name__}")
         if skip_special:
             ids = (token_id for token_id in ids if token_id not in self._special)
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for a padding row of the embedding."""
+        try:
+            token_id = operator.index(token_id)
+        except TypeError:
+            raise RequestError(f"expected a token id, found {token_id!r:.80}") from None
         known = self._bytes.get(token_id)
         if known is not None:
             return known
