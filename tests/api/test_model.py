@@ -297,7 +297,11 @@ with Model(pathlib.Path(sys.argv[1]), threads=1) as model:
             steps.append(1)
             if len(steps) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-                stopped.wait()  # the main thread sits in chat() until the signal arrives
+                # The main thread sits in chat(). A signal that comes just before it falls asleep
+                # wakes it only with its next event: the one of this step.
+                stopped.wait(2)
+            elif len(steps) > 3:
+                stopped.wait()
 
     stopped = threading.Event()
     model.loaded.engine.runner = Interrupting()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import pytest
 from smolrun.api import EndEvent, Event, ReasoningEvent, Result, TextEvent, Timings, Usage
 from smolrun.engine.sampling import SamplingParameters
 from smolrun.errors import TemplateError
-
-SOURCE = Path(sys.modules["smolrun"].__file__ or "").parents[1]
+from tests.package import SOURCE
 
 
 def result_of(text: str, reasoning: str = "", finish_reason: Any = "stop") -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,20 @@ def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     assert process.wait() == 1
     assert "Broken" not in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors with a shell")
+@pytest.mark.parametrize("arguments", ["doctor", "run {model} hi -n 1", "chat {model}"])
+def test_closed_streams_are_no_error(arguments: str, tiny: Path) -> None:
+    command = arguments.format(model=tiny)
+    for closed in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            f'"{sys.executable}" -m smolrun.cli.main {command} {closed}',
+            shell=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env=environment(),
+        )
+        assert done.returncode == 0, (closed, done.stderr)
+        assert "bug" not in done.stderr

@@ -15,14 +15,14 @@ from smolrun.model.presets import preset
 from smolrun.quant.blocks import dequantize, tensor_values
 from smolrun.quant.types import WeightType
 from smolrun.text.tokenizer import Tokenizer
+from tests.package import SOURCE
 
 MAKER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "make_random_model.py"
 
 
 def make(path: Path, *arguments: str) -> None:
-    source = str(MAKER.parent.parent / "src")
     subprocess.run(
-        [sys.executable, MAKER, path, *arguments], check=True, env={"PYTHONPATH": source}
+        [sys.executable, MAKER, path, *arguments], check=True, env={"PYTHONPATH": str(SOURCE)}
     )
 
 

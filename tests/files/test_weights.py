@@ -23,6 +23,7 @@ from smolrun.model.llama import build
 from smolrun.model.random import random_weights
 from smolrun.model.reference import ReferenceRunner
 from smolrun.quant.blocks import tensor_values
+from tests.package import SOURCE
 
 from .images import PROMPT, tiny_config, tiny_gguf, tiny_safetensors
 from .loading import run
@@ -138,7 +139,7 @@ def test_memory_never_holds_a_weight_twice(
     name: str, arguments: list[str], dtype: str, growth: int, tmp_path: Path
 ) -> None:
     path = tmp_path / name
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     subprocess.run([sys.executable, MAKER, path, *arguments], check=True, env=environment)
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, path, dtype],

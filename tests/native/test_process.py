@@ -17,6 +17,7 @@ import pytest
 from smolrun.quant.types import WeightType
 from tests.native.mappings import resident_of_size
 from tests.native.models import Model, blocks_for, ints, run_sequence, small_config
+from tests.package import SOURCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = small_config()
@@ -39,7 +40,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         def run(runner):
             return run_sequence(runner, config, tokens, blocks_for(100), 50)
     """
-    path = os.pathsep.join((str(REPOSITORY / "src"), str(REPOSITORY)))
+    path = os.pathsep.join((str(SOURCE), str(REPOSITORY)))
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code)],
         capture_output=True,

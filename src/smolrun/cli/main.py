@@ -51,6 +51,9 @@ SMOLRUN_TEMP=0.7 stands for --temp 0.7.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # None where the caller closed them: then nobody reads what is written.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     console = Console()
     try:
         return _run(arguments)
@@ -104,7 +107,7 @@ def _run(arguments: list[str]) -> int:
         os.environ["SMOLRUN_DEBUG"] = "1"
     console = console_of(parsed)
     _listen(console)
-    if sys.stdout is not None and (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"):
+    if (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"):
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     code: int = module.main(parsed, console)
