@@ -5,8 +5,7 @@
 One token: GB/s of weights read, from 192 MB that no cache holds; the ceiling is a plain streaming
 read. Many tokens: GOP/s, a multiplication and an addition being two; the ceiling is the peak of the
 instruction that multiplies: pairs of 16-bit integers for quantized weights, float FMA for the rest.
-Ceilings are measured by ceilings.cpp, which is built for it with $CXX or c++; without a compiler
-they are left out. Inputs are quantized inside the time, as they are in a model.
+Inputs are quantized inside the time, as they are in a model.
 
 The machine may be noisy: each figure is the best of several runs; ceilings are measured before
 every table, and the best so far counts.
@@ -15,14 +14,9 @@ every table, and the best so far counts.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,36 +32,21 @@ HEADS = {"135M": (3, 64), "3B": (4, 128)}
 CONTEXT = 4096
 STREAMED_BYTES = 192 << 20
 
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma"]
-    + [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16")],
-}
-
 
 class Ceilings:
-    """Figures of ceilings.cpp by name; none where it can not be built or has no such flags."""
+    """What one thread reaches at most, by kind: GB/s of `read`, GOP/s of the others."""
 
-    def __init__(self, isa: str, folder: str) -> None:
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
         self.values: dict[str, float] = {}
-        self._program: str | None = None
-        compiler = shutil.which(os.environ.get("CXX", "c++"))
-        if compiler is not None and isa in FLAGS:
-            source = Path(__file__).with_name("ceilings.cpp")
-            self._program = str(Path(folder) / f"ceilings-{isa}")
-            command = [compiler, "-std=c++20", "-O3", *FLAGS[isa], str(source)]
-            subprocess.run([*command, "-o", self._program], check=True)
 
     def measure(self) -> None:
         """Keeps the best of what was found before and now."""
-        if self._program is None:
-            return
-        found = subprocess.run([self._program], check=True, capture_output=True, text=True)
-        for name, value in (line.split() for line in found.stdout.splitlines()):
-            self.values[name] = max(float(value), self.values.get(name, 0.0))
+        for kind, rates in _core.ceilings(self.isa, 1, samples=15).items():
+            self.values[kind] = max(*rates, self.values.get(kind, 0.0) * 1e9) / 1e9
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        return ", ".join(f"{kind} {value:.0f}" for kind, value in self.values.items())
 
 
 def aligned(size: int) -> npt.NDArray[np.uint8]:
@@ -127,20 +106,20 @@ class Layers:
         return seconds_of(run, at_least) / together
 
 
-def share(value: float, ceiling: float | None) -> str:
-    return "     " if ceiling is None else f" {value / ceiling:4.0%}"
+def share(value: float, ceiling: float) -> str:
+    return f" {value / ceiling:4.0%}"
 
 
 def linear_line(
     isa: str, layers: Layers, tokens: list[int], ceilings: dict[str, float], at_least: float
 ) -> str:
     line = f"{layers.type:8}"
-    peak = ceilings.get("f32_GFLOP/s" if WeightType(layers.type).is_float else "int16_GOP/s")
+    peak = ceilings["f32" if WeightType(layers.type).is_float else "int16"]
     for n in tokens:
         seconds = layers.seconds(isa, n, at_least)
         read = layers.bytes / seconds / 1e9
         if n == 1:
-            line += f"{read:8.1f} GB/s{share(read, ceilings.get('read_GB/s'))}"
+            line += f"{read:8.1f} GB/s{share(read, ceilings['read'])}"
             continue
         rate = 2 * layers.rows * layers.columns * n / seconds / 1e9
         line += f"{rate:8.0f} GOP/s{share(rate, peak)}"
@@ -169,7 +148,7 @@ def attention_line(isa: str, shape: str, ceilings: dict[str, float], at_least: f
 
     read = 2 * CONTEXT * 2 * head_dim / seconds_of(run, at_least) / 1e9
     what = f"attention, {group} heads of {head_dim} over {CONTEXT} tokens of one KV head"
-    return f"{what}: {read:.1f} GB/s{share(read, ceilings.get('read_GB/s'))}"
+    return f"{what}: {read:.1f} GB/s{share(read, ceilings['read'])}"
 
 
 def main() -> None:
@@ -185,17 +164,16 @@ def main() -> None:
     tokens = [int(n) for n in arguments.tokens.split(",")]
 
     heading = " " * 8 + "".join(f"{n:>12} token{'s' * (n > 1):1}" for n in tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        ceilings = {isa: Ceilings(isa, folder) for isa in isas}
-        for shape, isa in product(arguments.shapes.split(","), isas):
-            rows, columns = SHAPES[shape]
-            ceilings[isa].measure()
-            limits = ceilings[isa].values
-            print(f"\n{shape}, {isa}: {rows} rows of {columns}; at most {ceilings[isa]}\n{heading}")
-            for weight_type in types:
-                layers = Layers(weight_type, rows, columns)
-                print(linear_line(isa, layers, tokens, limits, arguments.seconds), flush=True)
-            print(attention_line(isa, shape, limits, arguments.seconds), flush=True)
+    ceilings = {isa: Ceilings(isa) for isa in isas}
+    for shape, isa in product(arguments.shapes.split(","), isas):
+        rows, columns = SHAPES[shape]
+        ceilings[isa].measure()
+        limits = ceilings[isa].values
+        print(f"\n{shape}, {isa}: {rows} rows of {columns}; at most {ceilings[isa]}\n{heading}")
+        for weight_type in types:
+            layers = Layers(weight_type, rows, columns)
+            print(linear_line(isa, layers, tokens, limits, arguments.seconds), flush=True)
+        print(attention_line(isa, shape, limits, arguments.seconds), flush=True)
 
 
 if __name__ == "__main__":
