@@ -425,6 +425,25 @@ def test_a_forked_child_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     healthy(engine)
 
 
+def test_a_system_that_refuses_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = fake_engine()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="thread"):
+            engine.submit([1], parameters(), TokenOutput())
+        engine.close()
+    engine = fake_engine()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ResourceError, match="thread"):
+            engine.call(lambda: None)
+    healthy(engine)
+    engine.close()
+
+
 def test_a_pool_smaller_than_a_context_is_refused() -> None:
     with pytest.raises(ResourceError, match="8 KV blocks, there are 4"):
         fake_engine(kv_blocks=4, context_size=256)

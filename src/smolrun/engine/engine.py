@@ -171,10 +171,14 @@ class Engine:
         with self._wake:
             if self._closed:
                 raise SmolrunError("the model is closed")
-            self._inbox.append((action, refuse))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="smolrun", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._loop, name="smolrun", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise ResourceError(f"the system refuses a thread: {error}") from None
+                self._thread = thread
+            self._inbox.append((action, refuse))
             self._wake.notify()
 
     # --- the loop's thread ---
