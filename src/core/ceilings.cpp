@@ -37,7 +37,7 @@ double seconds_of(Team& team, int64_t chunks, Work&& work) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// Rounds of a probe that take about one thread's share of a chunk.
+// Rounds of a probe in a chunk that make a sample last long enough.
 int64_t rounds_of(const ComputeProbe& probe, Team& team, int64_t chunks) {
     int64_t rounds = 1000;
     for (;;) {
@@ -70,6 +70,13 @@ std::vector<Ceiling> measure_ceilings(std::string_view isa, int threads, int sam
         std::memset(memory.data() + chunk * kReadChunk, 1, kReadChunk);
     });
 
+    const auto read = [&](int64_t passes) {
+        return seconds_of(team, read_chunks * passes, [&](int64_t chunk) {
+            probes.read(memory.data() + chunk % read_chunks * kReadChunk, kReadChunk);
+        });
+    };
+    const int64_t passes = 1 + static_cast<int64_t>(kSampleSeconds / read(1));
+
     struct Source {
         const char* name;
         const ComputeProbe* probe;
@@ -85,10 +92,8 @@ std::vector<Ceiling> measure_ceilings(std::string_view isa, int threads, int sam
         ceilings.push_back({source.name, {}});
     }
     for (int sample = 0; sample < samples; ++sample) {
-        const double seconds = seconds_of(team, read_chunks, [&](int64_t chunk) {
-            probes.read(memory.data() + chunk * kReadChunk, kReadChunk);
-        });
-        ceilings[0].rates.push_back(static_cast<double>(read_chunks * kReadChunk) / seconds);
+        ceilings[0].rates.push_back(static_cast<double>(read_chunks * passes * kReadChunk) /
+                                    read(passes));
         for (size_t i = 0; i < sources.size(); ++i) {
             const Source& source = sources[i];
             const double taken =

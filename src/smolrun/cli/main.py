@@ -24,6 +24,7 @@ VERBS = {
     "tokenize": "text to token ids and back",
     "render": "the exact text that a model is given for a prompt",
     "doctor": "what this machine offers, and what smolrun makes of it",
+    "bench": "how fast models run here, beside what the machine can do",
     "pull": "download models",
     "list": "models on this machine",
     "rm": "delete downloaded models",

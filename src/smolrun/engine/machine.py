@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from smolrun.model.config import ModelConfig
 
 MAX_THREADS = 1024
+_LEAST_READ, _MOST_READ = 1 << 20, 256 << 20
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number close to 2**63
 
 
@@ -83,6 +84,15 @@ def machine_report(
 
 
 # --- threads
+
+
+def measured_ceilings(isa: str, threads: int, samples: int) -> dict[str, list[float]]:
+    """Rates that this machine reaches at most; see `_core.ceilings`.
+
+    Reads go over 256 MiB, or over a quarter of the memory that is left.
+    """
+    read_bytes = max(_LEAST_READ, min(_MOST_READ, memory_available().value // 4))
+    return _core.ceilings(isa, threads, samples, read_bytes)
 
 
 def choose_threads(

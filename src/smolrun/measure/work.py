@@ -1,0 +1,145 @@
+"""What a step must do at the least: bytes to read and operations to compute, counted exactly.
+
+Every weight is read once per step, and so are the keys and values of every sequence; a token that
+is looked up reads one row of the embedding. A multiplication and an addition are two operations.
+Norms, biases, RoPE and softmax, together well below a hundredth, are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from smolrun.model.program import (
+    Attention,
+    Embed,
+    LinearAdd,
+    NormLogits,
+    NormQKV,
+    NormSwiGLU,
+    Operation,
+    Program,
+)
+from smolrun.quant.types import WeightType
+
+KV_BYTES = 2  # of a number in the KV cache, float16
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A step of `sequences` sequences, each of which takes in `tokens` tokens after `start`."""
+
+    tokens: int = 1
+    start: int = 0  # tokens already in the cache
+    sequences: int = 1
+    logits: bool = True  # of the last token of every sequence
+
+    @property
+    def attended(self) -> int:
+        """Tokens that the step's tokens look at, all together."""
+        each = self.tokens * self.start + self.tokens * (self.tokens + 1) // 2
+        return each * self.sequences
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work."""
+
+    weight_bytes: int = 0
+    kv_bytes: int = 0  # read and written
+    # By the fastest arithmetic that the weights allow: "f32", "bf16", or "int8" (quantized).
+    operations: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to and from memory."""
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def total_operations(self) -> int:
+        """Operations of all kinds."""
+        return sum(self.operations.values())
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.weight_bytes + other.weight_bytes,
+            self.kv_bytes + other.kv_bytes,
+            Counter(self.operations) + Counter(other.operations),
+        )
+
+
+def total(parts: Iterable[Work]) -> Work:
+    """All of it together."""
+    return sum(parts, Work())
+
+
+def arithmetic_of(weight_type: WeightType) -> str:
+    """The fastest arithmetic that a product with such a weight could use."""
+    if weight_type is WeightType.BF16:
+        return "bf16"
+    return "f32" if weight_type.is_float else "int8"
+
+
+class WorkCounter:
+    """Counts the work of steps of one model.
+
+    Args:
+        program: the model's listing.
+        types: weight type of every matrix, by its canonical name.
+    """
+
+    def __init__(self, program: Program, types: Mapping[str, WeightType]) -> None:
+        self._program = program
+        self._types = types
+
+    def step(self, shape: StepShape) -> Work:
+        """The work of a whole step."""
+        return total(self.operation(operation, shape) for operation in self._program.operations)
+
+    def steps(self, shapes: Iterable[StepShape]) -> Work:
+        """The work of steps one after the other."""
+        return total(self.step(shape) for shape in shapes)
+
+    def operation(self, operation: Operation, shape: StepShape) -> Work:
+        """The work of one operation of a step. ValueError for one that is not known."""
+        config = self._program.config
+        rows = shape.tokens * shape.sequences
+        kv_row_bytes = 2 * config.num_key_value_heads * config.head_dim * KV_BYTES
+        if isinstance(operation, Embed):
+            columns = self._program.weights[operation.weight][1]
+            return Work(rows * self._types[operation.weight].row_bytes(columns))
+        if isinstance(operation, NormQKV):
+            products = self._products((operation.q, operation.k, operation.v), rows)
+            return products + Work(kv_bytes=rows * kv_row_bytes)
+        if isinstance(operation, Attention):
+            read = shape.sequences * (shape.start + shape.tokens) * kv_row_bytes
+            width = config.num_attention_heads * config.head_dim
+            return Work(kv_bytes=read, operations={"f32": 4 * width * shape.attended})
+        if isinstance(operation, LinearAdd):
+            return self._products((operation.weight,), rows)
+        if isinstance(operation, NormSwiGLU):
+            return self._products((operation.gate, operation.up), rows)
+        if isinstance(operation, NormLogits):
+            if not shape.logits:
+                return Work()
+            return self._products((operation.weight,), shape.sequences)
+        raise ValueError(f"no count for operation {operation.kind}")
+
+    def _products(self, weights: Iterable[str], tokens: int) -> Work:
+        parts = []
+        for name in weights:
+            out, columns = self._program.weights[name]
+            weight_type = self._types[name]
+            operations = {arithmetic_of(weight_type): 2 * out * columns * tokens}
+            parts.append(Work(out * weight_type.row_bytes(columns), operations=operations))
+        return total(parts)
+
+
+def chunks(tokens: int, start: int, most: int) -> list[StepShape]:
+    """The steps that take in a prompt: of at most `most` tokens, the last with logits."""
+    begins = range(0, tokens, most)
+    return [
+        StepShape(min(most, tokens - begin), start + begin, logits=begin + most >= tokens)
+        for begin in begins
+    ]

@@ -1,0 +1,123 @@
+"""Bytes and operations, against numbers reckoned by hand from the published shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolrun.measure.work import StepShape, Work, WorkCounter, arithmetic_of, chunks, total
+from smolrun.model.llama import build
+from smolrun.model.presets import preset
+from smolrun.model.program import Program
+from smolrun.quant.types import WeightType
+from tests.measure.support import ceilings
+
+# SmolLM2-135M: per layer q and o 576 x 576, k and v 192 x 576, gate, up and down 576 x 1536.
+LAYERS_135M = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
+HEAD_135M = 49152 * 576
+KV_135M = 30 * 2 * 3 * 64 * 2  # bytes a token: layers, K and V, heads, head_dim, float16
+# SmolLM3-3B: 16 heads of 128 over 4 KV heads, 36 layers.
+LAYERS_3B = 36 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 2048 * 11008)
+HEAD_3B = 128256 * 2048
+
+
+def counter(name: str, weight_type: WeightType) -> WorkCounter:
+    program = build(preset(name))
+    return WorkCounter(program, dict.fromkeys(matrices(program), weight_type))
+
+
+def matrices(program: Program) -> list[str]:
+    return [name for name, shape in program.weights.items() if len(shape) == 2]
+
+
+def test_the_constants() -> None:
+    assert (LAYERS_135M, HEAD_135M, KV_135M) == (106_168_320, 28_311_552, 23_040)
+    assert LAYERS_3B + HEAD_3B == 3_074_949_120
+
+
+def test_a_decoded_token_reads_every_weight_once() -> None:
+    work = counter("SmolLM2-135M", WeightType.BF16).step(StepShape())
+    assert work.weight_bytes == 2 * (LAYERS_135M + HEAD_135M) + 2 * 576
+    assert work.kv_bytes == 2 * KV_135M  # written, and read again
+    assert work.operations == {
+        "bf16": 2 * (LAYERS_135M + HEAD_135M),
+        "f32": 30 * 4 * 576,  # attention, one token seen: q k and p v
+    }
+    assert work.total_operations == 268_959_744 + 69_120
+
+
+def test_a_context_adds_its_keys_and_values() -> None:
+    count = counter("SmolLM3-3B", WeightType.Q4_K)
+    work = count.step(StepShape(1, start=4096))
+    assert work.weight_bytes == (LAYERS_3B + HEAD_3B) * 144 // 256 + 2048 * 144 // 256
+    assert work.kv_bytes == (4097 + 1) * 36 * 2 * 4 * 128 * 2
+    assert round((work.kv_bytes - count.step(StepShape()).kv_bytes) / 1e6) == 302
+    assert work.operations["int8"] == 2 * (LAYERS_3B + HEAD_3B)
+    assert work.operations["f32"] == 36 * 4 * 16 * 128 * 4097
+
+
+def test_a_prompt_computes_the_head_once() -> None:
+    work = counter("SmolLM2-135M", WeightType.F16).steps(chunks(512, 0, 256))
+    attended = 512 * 513 // 2
+    assert work.operations == {
+        "f32": 2 * 512 * LAYERS_135M + 2 * HEAD_135M + 30 * 4 * 576 * attended
+    }
+    assert work.weight_bytes == 2 * 2 * LAYERS_135M + 2 * HEAD_135M + 512 * 2 * 576
+    assert work.kv_bytes == KV_135M * (512 + 256 + 512)
+
+
+def test_sequences_share_the_weights_and_nothing_else() -> None:
+    count = counter("SmolLM2-135M", WeightType.Q8_0)
+    one, eight = count.step(StepShape(1, 100)), count.step(StepShape(1, 100, sequences=8))
+    row = 576 // 32 * 34  # of the embedding
+    assert eight.weight_bytes - one.weight_bytes == 7 * row
+    assert eight.kv_bytes == 8 * one.kv_bytes
+    assert eight.operations == {name: 8 * n for name, n in one.operations.items()}
+
+
+def test_types_may_be_mixed() -> None:
+    program = build(preset("SmolLM2-135M"))
+    types = dict.fromkeys(matrices(program), WeightType.Q4_0)
+    types["model.embed_tokens.weight"] = WeightType.F32
+    work = WorkCounter(program, types).step(StepShape())
+    assert work.weight_bytes == LAYERS_135M * 18 // 32 + 4 * HEAD_135M + 4 * 576
+    assert work.operations == {"int8": 2 * LAYERS_135M, "f32": 2 * HEAD_135M + 30 * 4 * 576}
+
+
+def test_the_arithmetic_of_a_type() -> None:
+    assert arithmetic_of(WeightType.BF16) == "bf16"
+    assert arithmetic_of(WeightType.F16) == arithmetic_of(WeightType.F32) == "f32"
+    assert arithmetic_of(WeightType.Q4_K) == arithmetic_of(WeightType.IQ4_NL) == "int8"
+
+
+def test_chunks_cover_the_prompt() -> None:
+    assert chunks(513, 10, 256) == [
+        StepShape(256, 10, logits=False),
+        StepShape(256, 266, logits=False),
+        StepShape(1, 522, logits=True),
+    ]
+    assert chunks(256, 0, 256) == [StepShape(256, 0)]
+    assert sum(shape.attended for shape in chunks(513, 0, 100)) == 513 * 514 // 2
+
+
+def test_the_bound_is_what_takes_longer() -> None:
+    machine = ceilings()  # 10 GB/s; 100, 200 and 400 GOP/s
+    work = Work(10**9, 0, {"int8": 400 * 10**6})
+    assert machine.bound(work) == (0.1, "memory")
+    work = Work(10**6, 10**6, {"int8": 400 * 10**9, "f32": 50 * 10**9})
+    assert machine.bound(work) == (1.5, "int8")
+    assert machine.share(work, 3.0) == 0.5
+    assert machine.bound(Work()) == (0.0, "memory")
+    assert machine.share(Work(), 1.0) is None
+    assert ceilings("bf16").bound(Work(0, 0, {"bf16": 100 * 10**9})) == (1.0, "bf16")
+
+
+def test_work_adds_up() -> None:
+    parts = [Work(1, 2, {"f32": 3}), Work(10, 20, {"f32": 30, "int8": 5}), Work()]
+    assert total(parts) == Work(11, 22, {"f32": 33, "int8": 5})
+
+
+def test_unknown_operations_are_refused() -> None:
+    from smolrun.model.program import Operation
+
+    with pytest.raises(ValueError, match="no count"):
+        counter("SmolLM2-135M", WeightType.F32).operation(Operation(), StepShape())
