@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +101,8 @@ def load_model(
             tokenizer = Tokenizer(checkpoint.tokenizer, plan.config.vocab_size)
             if checkpoint.chat_template is not None:
                 template = ChatTemplate(checkpoint.chat_template, tokenizer, str(checkpoint.path))
-            checkpoint.drop_vocabulary()  # before the weights come in
+            checkpoint.drop_vocabulary()
+            _trim_heap()  # before the weights come in
         weights = native_weights(checkpoint, plan.program, plan.threads.value, load_progress)
         engine = _started(plan, weights, isa, max_sequences, str(checkpoint.path))
         eos = {*checkpoint.config.eos_token_ids, *_generation_eos(checkpoint)}
@@ -221,6 +224,16 @@ def _started(
         max_step_tokens=MAX_STEP_TOKENS,
         max_sequences=max_sequences,
     )
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system.
+
+    Building a tokenizer of 128k tokens leaves 40 MB of it behind (GGUF), or 100 (tokenizer.json),
+    in pieces that the C library would keep for later.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _default_sampling(
