@@ -196,7 +196,16 @@ class Model:
             seed: of random weights; None makes all weights zero.
             weight_type: F32, F16 or BF16.
             context_size, threads, isa, max_sequences: as for `Model`.
+
+        Raises:
+            RequestError, ResourceError: as for `Model`.
         """
+        if not isinstance(config, ModelConfig):
+            raise RequestError(f"config: expected a ModelConfig, got {type(config).__name__}")
+        if not isinstance(weight_type, WeightType) or not weight_type.is_float:
+            raise RequestError(f"weight_type: expected F32, F16 or BF16, got {weight_type!r:.80}")
+        if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 64):
+            raise RequestError(f"seed: expected a whole number below 2**64, got {seed!r:.80}")
         tensors = (
             zero_weights(config, weight_type)
             if seed is None

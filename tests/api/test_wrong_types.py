@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from smolrun import Model, RequestError
+from smolrun.quant.types import WeightType
 
 HUGE = 10**400
 
@@ -33,6 +34,11 @@ CALLS: list[tuple[str, Callable[[Any], object]]] = [
     ("token id", lambda model: model.detokenize(["a"])),
     ("token id", lambda model: model.detokenize([1.5])),
     ("token id", lambda model: model.detokenize([[1]])),
+    ("config", lambda _: Model.from_config({"vocab_size": 5})),  # type: ignore[arg-type]
+    ("weight_type", lambda model: Model.from_config(model.config, weight_type="F32")),  # type: ignore[arg-type]
+    ("weight_type", lambda model: Model.from_config(model.config, weight_type=WeightType.Q4_0)),
+    ("seed", lambda model: Model.from_config(model.config, seed=-1)),
+    ("seed", lambda model: Model.from_config(model.config, seed=1.5)),  # type: ignore[arg-type]
     ("model", lambda _: Model(None)),  # type: ignore[arg-type]
     ("model", lambda _: Model(5)),  # type: ignore[arg-type]
     ("model", lambda _: Model(b"smollm2-135m")),  # type: ignore[arg-type]
