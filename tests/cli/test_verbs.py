@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -54,6 +55,14 @@ def test_show_of_a_mixed_gguf(shared_data: Path, capsys: pytest.CaptureFixture[s
     size = sum(entry["bytes"] for entry in values["weights"])
     assert values["bits_per_weight"] == pytest.approx(8 * size / values["num_parameters"])
     assert 4.5 < values["bits_per_weight"] < 7
+    types = {entry["name"]: entry["type"] for entry in values["tensors"]}
+    fields = gguf.GGUFReader(path).tensors
+    assert len(types) == len(fields)
+    assert types["model.embed_tokens.weight"] == next(
+        field.tensor_type.name for field in fields if field.name == "token_embd.weight"
+    )
+    listed = [line.split()[:2] for line in run(capsys, "show", str(path), "--tensors").splitlines()]
+    assert listed[1:] == [[name, kind] for name, kind in types.items()]
 
 
 def test_tokenize(

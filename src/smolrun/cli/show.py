@@ -24,6 +24,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("words", nargs="*", metavar="[MODEL]", help="a path, an alias, user/repo")
     options.add_model(parser)
     parser.flag("--program", action="store_true", help="print the listing that is computed")
+    parser.flag("--tensors", action="store_true", help="list every tensor with its type")
     parser.flag("--template", action="store_true", help="print the chat template")
     parser.flag("--json", action="store_true", help="print everything as one JSON object")
     options.add_output(parser)
@@ -49,6 +50,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             from smolrun.model.llama import build
 
             console.print(str(build(checkpoint.config)))
+        elif arguments.tensors:
+            console.print(_tensor_table(checkpoint))
         elif arguments.template:
             console.print(checkpoint.chat_template or "")
         elif arguments.json:
@@ -75,6 +78,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_parameters": config.num_parameters,
         "weights": _weights(checkpoint),
         "bits_per_weight": bits_per_weight(checkpoint),
+        "tensors": [
+            {"name": name, "type": tensor.type.value, "shape": list(tensor.shape)}
+            for name, tensor in checkpoint.tensors.items()
+        ],
         "memory": _memory(checkpoint),
         "generation": checkpoint.generation,
         "chat_template": template,
@@ -107,6 +114,14 @@ def _weights(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         for name, (tensors, weights, size) in counts.items()
     ]
     return sorted(made, key=lambda entry: -int(entry["bytes"]))
+
+
+def _tensor_table(checkpoint: Checkpoint) -> str:
+    rows = [("tensor", "type", "shape", "size")]
+    for name, tensor in checkpoint.tensors.items():
+        shape = " x ".join(map(str, tensor.shape))
+        rows.append((name, tensor.type.value, shape, human_bytes(tensor.data.nbytes)))
+    return table(rows, right=(2, 3))
 
 
 def _memory(checkpoint: Checkpoint) -> list[dict[str, int]]:
