@@ -122,6 +122,9 @@ def test_markdown_and_tables_say_the_same(measured: ModelReport) -> None:
         assert "linear_add o_proj" in text
     tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
+    assert "kept this machine busy" in markdown
+    quiet = dataclasses.replace(report, load_average=0.1).as_markdown()
+    assert "busy" not in quiet
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
@@ -139,6 +142,16 @@ def test_what_does_not_fit_is_left_out_and_said(folder: Path) -> None:
     ]
     assert found.stamp is None
     assert found.trace is None
+
+
+def test_a_check_that_memory_does_not_hold_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolrun.measure.bench.memory_needed", lambda program: 1 << 50)
+    plan = Plan((8,), (0,), (0,), (), repetitions=1, start=False)
+    found = measure_model(folder, plan, FixedMeter())
+    assert found.stamp is None
+    assert "the reference reading takes" in found.notes[0]
 
 
 def test_zero_leaves_a_measurement_out(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smolrun.engine.machine import memory_available
 from smolrun.errors import ResourceError
 from smolrun.measure.ceilings import CeilingMeter, Ceilings
 from smolrun.measure.child import ChildOptions, FirstAnswer, first_answer
@@ -22,7 +23,7 @@ from smolrun.measure.profile import (
 )
 from smolrun.measure.samples import Samples
 from smolrun.measure.sequences import Sequences
-from smolrun.measure.stamp import Stamp, prompt_tokens, stamp
+from smolrun.measure.stamp import Stamp, memory_needed, prompt_tokens, stamp
 from smolrun.measure.work import StepShape, Work, WorkCounter, chunks
 
 if TYPE_CHECKING:
@@ -259,7 +260,14 @@ def _measure_loaded(
         report.trace = chrome_trace(loaded.program, _traced(loaded, plan))
     if plan.check:
         progress(f"{report.name}: reading again with the reference")
-        report.stamp = stamp(loaded.engine, loaded.program, checkpoint.tensors)
+        needed, left = memory_needed(loaded.program), memory_available().value
+        if needed > left:
+            report.notes.append(
+                f"the check is left out: the reference reading takes {needed >> 20} MiB, and "
+                f"{left >> 20} MiB are to be had"
+            )
+        else:
+            report.stamp = stamp(loaded.engine, loaded.program, checkpoint.tensors)
 
 
 def _prefills(

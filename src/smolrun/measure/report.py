@@ -16,6 +16,7 @@ from smolrun.measure.samples import Samples
 if TYPE_CHECKING:
     from rich.console import Console
 
+BUSY = 0.5  # load average before the run from which on others are in the way
 FORMAT_VERSION = 1  # of the JSON; raised when a field changes its meaning
 
 
@@ -89,6 +90,11 @@ class Report:
 
     def _parts(self) -> Iterator[Table | str]:
         yield _ceilings_table(self.ceilings)
+        if self.load_average is not None and self.load_average >= BUSY:
+            yield (
+                "Other programs kept this machine busy: times are longer than they need be, and "
+                "only figures of one run can be compared."
+            )
         for model in self.models:
             yield _model_table(model, self.ceilings)
             yield from _model_lines(model)

@@ -8,8 +8,9 @@ was the likeliest, and if not, by how much it fell short.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +31,12 @@ PROMPT_TOKENS = 8
 # model of three thousand million would take minutes and twice the memory.
 LARGE = 500_000_000
 TOKENS_OF_LARGE = 4
+ROWS_AT_A_TIME = 4096  # that are dequantized together
 # How far below the reference's best a chosen token's logit may be: what two roundings can swap.
 # Eight-bit activations move logits, which span about 30, by a few tenths.
 TOLERANCE = 0.5
+# Ten times what eight-bit activations cost; a wrong weight or position costs a hundred times more.
+NMSE_LIMIT = 5e-3
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Stamp:
 
     @property
     def correct(self) -> bool:
-        """Whether every token was the reference's choice, or as good as that."""
-        return self.largest_gap <= TOLERANCE
+        """Whether every token was the reference's choice, or as good, and the logits are close."""
+        return self.largest_gap <= TOLERANCE and self.nmse <= NMSE_LIMIT
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -82,6 +86,14 @@ def prompt_tokens(vocab_size: int, count: int, seed: int = 0) -> npt.NDArray[np.
     return (low + spread).astype(np.int32)
 
 
+def memory_needed(program: Program) -> int:
+    """Bytes that the reference reading takes beside the model, at about the most."""
+    largest = max(math.prod(shape) for shape in program.weights.values())
+    # In float32, and where the model is not large also in float64; logits and temporaries.
+    each = 4 if program.config.num_parameters > LARGE else 12
+    return largest * each + (256 << 20)
+
+
 def stamp(engine: Engine, program: Program, tensors: Mapping[str, Tensor]) -> Stamp:
     """Run both readings. `tensors` are those of the file, which must be open."""
     large = program.config.num_parameters > LARGE
@@ -95,8 +107,9 @@ def stamp(engine: Engine, program: Program, tensors: Mapping[str, Tensor]) -> St
         native = sequences.logits()[0].copy()  # of the last token chosen
     chosen = np.concatenate((first, others[0]))
 
-    values = _LazyValues(tensors) if large else _eager(program, tensors)
+    values = _LazyValues(tensors)
     reference = ReferenceRunner(program, values, dtype=dtype, kv_dtype=np.float16)
+    values.start()
     taken = np.concatenate((prompt, chosen[:-1]))
     wanted = np.arange(len(prompt) - 1, len(taken))
     logits = reference.step(taken, np.arange(len(taken)), np.zeros(len(taken)), wanted)
@@ -112,21 +125,42 @@ def stamp(engine: Engine, program: Program, tensors: Mapping[str, Tensor]) -> St
     )
 
 
-def _eager(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.float32]]:
-    return {name: tensor_values(tensors[name]) for name in program.weights}
+def _values(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """The values of a tensor; of a large one, some rows at a time, as temporaries are larger."""
+    if len(tensor.shape) == 1 or tensor.interleaved_head_dim:
+        return tensor_values(tensor)
+    values = np.empty(tensor.shape, np.float32)
+    row_bytes = tensor.type.row_bytes(tensor.columns)
+    for begin in range(0, tensor.rows, ROWS_AT_A_TIME):
+        end = min(begin + ROWS_AT_A_TIME, tensor.rows)
+        data = tensor.data[begin * row_bytes : end * row_bytes]
+        part = replace(tensor, shape=(end - begin, tensor.columns), data=data)
+        values[begin:end] = tensor_values(part)
+    return values
 
 
 class _LazyValues(Mapping[str, npt.NDArray[np.float32]]):
-    """Values made as they are read, so that memory holds one matrix in float32, not all."""
+    """Values made as they are read, so that memory holds one matrix in float32, not all.
+
+    Until `start` is called they are zeros of the right shapes, which take neither time nor memory:
+    a ReferenceRunner looks at all shapes as it is made.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+        self._started = False
         self._last: tuple[str, npt.NDArray[np.float32]] | None = None
 
+    def start(self) -> None:
+        self._started = True
+
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        tensor = self._tensors[name]
+        if not self._started:
+            return np.broadcast_to(np.float32(0), tensor.shape)
         if self._last is None or self._last[0] != name:
             self._last = None
-            self._last = (name, tensor_values(self._tensors[name]))
+            self._last = (name, _values(tensor))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
