@@ -63,6 +63,18 @@ def test_stdin_that_is_not_text(
     assert "stdin is not UTF-8 text (byte 2)" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="has no end")
+def test_text_without_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("smolrun.cli.options.MAX_TEXT_BYTES", 1 << 20)
+    assert main(["run", "hi", "-f", "/dev/zero"]) == 2
+    assert "/dev/zero has more than 1 MiB" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", stdin_of(bytes((1 << 20) + 1)))
+    assert main(["run", "hi"]) == 2
+    assert "stdin has more than 1 MiB" in capsys.readouterr().err
+
+
 def test_a_lone_word_is_a_prompt_for_the_default_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from smolrun.cli.terminal import Console, is_terminal
 from smolrun.errors import ModelNotFoundError
 
 PREFIX = "SMOLRUN_"
+MAX_TEXT_BYTES = 32 << 20  # of a prompt; a context of 131072 tokens is about 0.6 MB of English
 _ON, _OFF = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 
 # destination: argument of the API
@@ -249,21 +250,27 @@ def prompt_of(
 
 
 def read_stdin() -> str:
-    """All of stdin. UsageError where it is not text."""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text (byte {error.start})") from None
+    """All of stdin. UsageError where it is not text, or too much of it."""
+    return _decoded(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1), "stdin")
 
 
 def read_text(path: Path) -> str:
     """A text file, whole. UsageError where it can not be read."""
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        with path.expanduser().open("rb") as file:
+            text = _decoded(file.read(MAX_TEXT_BYTES + 1), str(path))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(data: bytes, origin: str) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise UsageError(f"{origin} has more than {MAX_TEXT_BYTES >> 20} MiB; no context holds it")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise UsageError(f"{origin} is not UTF-8 text (byte {error.start})") from None
 
 
 def resolved(name: str, arguments: argparse.Namespace, console: Console) -> Path:
