@@ -133,10 +133,16 @@ def test_files(talk: Chat, model: FakeModel, capsys: pytest.CaptureFixture[str])
         {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "y"}]},
         {"messages": [], "system": 3},
         {"messages": [{"role": "user"}, {"role": "assistant"}], "sampling": []},
+        {"messages": [], "sampling": {"logit_bias": [1]}},
+        {"messages": [], "sampling": {"logit_bias": {"x": 1}}},
+        {"messages": [], "sampling": {"temperature": "hot"}},
+        {"messages": [], "sampling": {"best_of": 2}},
+        "[" * 100_000,
     ],
+    ids=lambda values: str(values)[:60],
 )
 def test_what_is_not_a_saved_conversation(model: FakeModel, values: object) -> None:
-    Path("bad.json").write_text(json.dumps(values))
+    Path("bad.json").write_text(values if isinstance(values, str) else json.dumps(values))
     session = Session(model)  # type: ignore[arg-type]
     session.turns = [{"role": "user", "content": "kept"}]
     with pytest.raises(RequestError, match="not a saved conversation"):

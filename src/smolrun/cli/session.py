@@ -156,7 +156,7 @@ class Session:
         """Take a saved conversation in place of this one. RequestError for any other file."""
         try:
             values = json.loads(read_text(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}: not a saved conversation: {error}") from None
         values = values if isinstance(values, dict) else {}
         turns, sampling = values.get("messages"), values.get("sampling", {})
@@ -173,9 +173,12 @@ class Session:
                 f"{path}: not a saved conversation: expected an object with `messages` of user and "
                 "assistant in turn, and perhaps `system`, `think` and `sampling`"
             )
-        if bias := sampling.get("logit_bias"):
-            sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
-        self._check(sampling)
+        try:
+            if bias := sampling.get("logit_bias"):
+                sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
+            self._check(sampling)
+        except (ValueError, AttributeError) as error:
+            raise RequestError(f"{path}: not a saved conversation: {error}") from None
         self.turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         self.system, self.think, self.sampling = system, think, sampling
         self.attached, self.last = [], None
