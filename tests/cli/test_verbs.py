@@ -106,6 +106,8 @@ def test_render(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "tokenize", str(tiny), "--decode", *ids) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n\n"
     )
+    Path("m.json").write_text("[" * 100_000)
+    assert main(["render", str(tiny), "--messages", "m.json"]) == 2
     Path("m.json").write_text("3")
     assert main(["render", str(tiny), "--messages", "m.json"]) == 2
 

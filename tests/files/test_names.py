@@ -293,6 +293,20 @@ def test_removing_an_alias_and_a_folder(hub: FakeHub) -> None:
     assert cached_models() == []
 
 
+def test_a_broken_folder_in_the_cache_is_no_model() -> None:
+    snapshot = hub_folder() / "models--a--b" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (snapshot / name).touch()
+    for text in ("[" * 100_000, "[]", "\xff", '{"model_type": 5}'):
+        (snapshot / "config.json").write_text(text, "latin-1")
+        assert cached_models() == []
+    (snapshot / "config.json").write_bytes(CONFIG)
+    assert len(cached_models()) == 1
+    (snapshot / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert cached_models() == []
+
+
 def test_a_link_out_of_the_cache_is_not_followed_when_removing(tmp_path: Path) -> None:
     outside = tmp_path / "precious"
     outside.write_bytes(b"keep me")

@@ -200,6 +200,11 @@ def test_tools_are_never_left_out_silently(smollm3: ChatTemplate, smollm2: ChatT
     assert smollm2.render([user("Hi")], tools=[]) == smollm2.render([user("Hi")])
 
 
+def test_a_template_may_need_tools() -> None:
+    found = ChatTemplate("{{ messages[0].content }}{{ tools|tojson }}", byte_tokenizer(), "test")
+    assert found.render([user("Hi")], tools=[TOOL]).startswith('Hi[{"')
+
+
 def test_messages_are_never_left_out_silently(smollm3: ChatTemplate, smollm2: ChatTemplate) -> None:
     messages = [user("Hi"), {"role": "system", "content": "LATER"}, user("Hi")]
     with pytest.raises(TemplateError, match=r"messages\[1\]"):

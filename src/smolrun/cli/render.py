@@ -85,7 +85,7 @@ def _json_list(path: Path) -> list[Any]:
     text = options.read_stdin() if str(path) == "-" else options.read_text(path)
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if isinstance(values, dict) and isinstance(values.get("messages"), list):
         values = values["messages"]

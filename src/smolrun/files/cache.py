@@ -93,7 +93,7 @@ def complete_safetensors(folder: Path) -> bool:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         shards = {str(shard) for shard in weight_map.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     # A shard is a name in this folder; anything else is not looked for, and so never "complete".
     return all("/" not in s and "\\" not in s and (folder / s).is_file() for s in shards)
@@ -147,7 +147,7 @@ def _snapshot_models(repo: str, snapshot: Path) -> Iterator[CachedModel]:
 def _model_type(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     value = config.get("model_type") if isinstance(config, dict) else None
     return value if isinstance(value, str) else None

@@ -314,7 +314,11 @@ class ChatTemplate:
         for name in ("tools", "xml_tools", "python_tools"):
             if variables.get(name):
                 without = {key: value for key, value in variables.items() if key != name}
-                if self.render_variables(without, date) == text:
+                try:
+                    left_out = self.render_variables(without, date) == text
+                except TemplateError:  # it can not do without them
+                    left_out = False
+                if left_out:
                     raise TemplateError(
                         f"{self.origin}: the chat template leaves {name} out of this conversation"
                         " (a system message with /system_override replaces them)"
