@@ -122,6 +122,10 @@ def test_markdown_and_tables_say_the_same(measured: ModelReport) -> None:
         assert "linear_add o_proj" in text
     tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
+    lines = markdown.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("**"):
+            assert lines[number - 1] == lines[number + 1] == "", "else it belongs to the list"
     assert "kept this machine busy" in markdown
     quiet = dataclasses.replace(report, load_average=0.1).as_markdown()
     assert "busy" not in quiet

@@ -56,10 +56,12 @@ class Report:
 
     def as_markdown(self) -> str:
         """Tables and notes."""
-        lines = [self.headline(), ""]
+        lines = [self.headline()]
         for part in self._parts():
-            lines += _markdown(part) if isinstance(part, Table) else [f"- {part}"]
-            lines += [""] if isinstance(part, Table) else []
+            if isinstance(part, Table):
+                lines += ["", *_markdown(part), ""]
+            else:
+                lines.append(f"- {_escaped(part)}")
         return "\n".join(lines).rstrip() + "\n"
 
     def print_tables(self, console: Console) -> None:
