@@ -133,7 +133,7 @@ def attention_line(isa: str, shape: str, ceilings: dict[str, float], at_least: f
     blocks = max(CONTEXT // 32, STREAMED_BYTES // (2 * stride))
     pool = np.resize(random.standard_normal(1 << 20).astype(np.float16), blocks * stride)
     order = random.permutation(blocks).astype(np.int32)
-    q = random.standard_normal((group, head_dim)).astype(np.float32)
+    q = random.standard_normal((1, group, head_dim)).astype(np.float32)
     out = np.empty_like(q)
     position = 0
 

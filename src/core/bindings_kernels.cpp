@@ -222,15 +222,16 @@ void py_store_kv(const std::string& isa, nb::handle k, nb::handle v, int64_t slo
 
 void py_attention(const std::string& isa, nb::handle q, nb::handle out, int64_t length, float scale,
                   nb::handle pool, nb::handle block_table, int64_t block_stride, int64_t k_offset,
-                  int64_t v_offset) {
+                  int64_t v_offset, bool by_segments) {
     const Kernels& with = kernels(isa);
-    const Array queries(q, "q", Element::float32, 2);
-    const int64_t group = queries.size(0), head_dim = queries.size(1);
-    const Array to = output(out, "out", Element::float32, {group, head_dim});
+    const Array queries(q, "q", Element::float32, 3);
+    const int64_t tokens = queries.size(0), group = queries.size(1), head_dim = queries.size(2);
+    require(tokens <= kAttentionTokens, "q: too many tokens");
+    const Array to = output(out, "out", Element::float32, {tokens, group, head_dim});
     const Array cache(pool, "pool", Element::uint16, 1);
     const Array table(block_table, "block_table", Element::int32, 1);
     require(0 < length && length <= kLargest, "length: must be positive");
-    const int64_t blocks = (length + kBlockTokens - 1) / kBlockTokens;
+    const int64_t blocks = (length + tokens - 1 + kBlockTokens - 1) / kBlockTokens;
     require(table.size(0) >= blocks, "block_table: too short for the length");
     require(0 < block_stride && block_stride <= kLargest, "block_stride: out of range");
     for (int64_t offset : {k_offset, v_offset}) {
@@ -241,10 +242,36 @@ void py_attention(const std::string& isa, nb::handle q, nb::handle out, int64_t 
         const int32_t block = table.data<int32_t>()[i];
         require(0 <= block && block < cache.size(0) / block_stride, "block_table: no such block");
     }
-    std::vector<float> scratch(static_cast<std::size_t>(group * (kBlockTokens + head_dim)));
-    with.attention({queries.data<float>(), to.data<float>(), group, head_dim, length, scale,
-                    cache.data<uint16_t>(), table.data<int32_t>(), block_stride, k_offset, v_offset,
-                    scratch.data()});
+    std::vector<float> scratch(static_cast<std::size_t>(attention_scratch(group, head_dim)));
+    const AttentionTask task{queries.data<float>(),
+                             to.data<float>(),
+                             tokens,
+                             group * head_dim,
+                             group,
+                             head_dim,
+                             length,
+                             scale,
+                             cache.data<uint16_t>(),
+                             table.data<int32_t>(),
+                             block_stride,
+                             k_offset,
+                             v_offset,
+                             scratch.data()};
+    if (!by_segments) {
+        with.attention(task);
+        return;
+    }
+    require(tokens == 1, "by_segments: takes one token");
+    const int64_t segments = (length + kSegmentTokens - 1) / kSegmentTokens;
+    const int64_t stride = group * (head_dim + kPartialExtra);
+    std::vector<float> partials(static_cast<std::size_t>(segments * stride));
+    for (int64_t segment = segments; segment-- > 0;) {
+        with.attend_segment(task, segment, partials.data() + segment * stride);
+    }
+    for (int64_t head = 0; head < group; ++head) {
+        with.merge_segments(partials.data() + head * (head_dim + kPartialExtra), segments, stride,
+                            head_dim, to.data<float>() + head * head_dim);
+    }
 }
 
 }  // namespace
@@ -266,7 +293,7 @@ void bind_kernels(nb::module_& module) {
     m.def("add", &py_add, "isa"_a, "x"_a, "out"_a);
     m.def("store_kv", &py_store_kv, "isa"_a, "k"_a, "v"_a, "slot"_a, "k_block"_a, "v_block"_a);
     m.def("attention", &py_attention, "isa"_a, "q"_a, "out"_a, "length"_a, "scale"_a, "pool"_a,
-          "block_table"_a, "block_stride"_a, "k_offset"_a, "v_offset"_a);
+          "block_table"_a, "block_stride"_a, "k_offset"_a, "v_offset"_a, "by_segments"_a = false);
 }
 
 }  // namespace smolrun

@@ -61,21 +61,38 @@ struct Activations {
     const int32_t* sums;   // [tokens][columns/16], sum of the codes of 16 neighbours
 };
 
-// One token, one KV head, and the query heads that share it.
+// Attention sums block by block within a segment, and then segment by segment: segments of one
+// token may be computed by several threads.
+inline constexpr int64_t kSegmentTokens = 256;
+// Successive tokens of a sequence that may share a task, and with it each load of K and V.
+inline constexpr int64_t kAttentionTokens = 12;
+
+// What one head has of a segment, [head_dim + 16]: the weighted sum of V, then the largest score
+// and the sum of the weights.
+inline constexpr int64_t kPartialExtra = 16;
+
+// Some successive tokens of a sequence, one KV head, and the query heads that share it.
 struct AttentionTask {
-    const float* q;  // [group][head_dim], rotated, not scaled
-    float* out;      // [group][head_dim]
+    const float* q;  // [tokens][group][head_dim], rotated, not scaled
+    float* out;      // [tokens][group][head_dim]
+    int64_t tokens;  // 1 to kAttentionTokens
+    int64_t stride;  // floats between two tokens of q, and of out
     int64_t group;   // query heads per KV head
     int64_t head_dim;
-    int64_t length;              // tokens to look at, this one included: position + 1
+    int64_t length;              // tokens that the first one looks at: its position + 1
     float scale;                 // 1/sqrt(head_dim)
     const uint16_t* pool;        // the KV cache, float16
-    const int32_t* block_table;  // [ceil(length/32)], block numbers of the sequence
+    const int32_t* block_table;  // [ceil((length + tokens - 1)/32)], block numbers of the sequence
     int64_t block_stride;        // elements between two blocks of the pool
     int64_t k_offset;            // of this layer and head in a block: K, [head_dim][32 tokens]
     int64_t v_offset;            // likewise V, [32 tokens][head_dim]
-    float* scratch;              // [group][32 + head_dim], the caller's
+    float* scratch;              // attention_scratch() floats, the caller's
 };
+
+// For a tile of 12 rows queries, values, weights, maximum and sum; for all rows maximum and sum.
+constexpr int64_t attention_scratch(int64_t group, int64_t head_dim) {
+    return 12 * (2 * head_dim + kBlockTokens + 2) + 2 * kAttentionTokens * group;
+}
 
 struct Kernels {
     const char* name;  // "scalar", "avx2", "avx512"
@@ -111,11 +128,18 @@ struct Kernels {
     // out += x, both [columns].
     void (*add)(const float* x, int64_t columns, float* out);
 
-    // Softmax(q k^T * scale) v over the blocks of one sequence. Each block of 32 tokens is reduced
-    // by itself (its own maximum, sum and weighted V), then merged in block order. In the last
-    // block only the first (length - 1) % 32 + 1 slots count; what the others hold, NaN included,
-    // has no influence, so they are skipped or selected away, never multiplied by zero.
+    // Softmax(q k^T * scale) v over the blocks of one sequence. In a segment, blocks of 32 tokens
+    // follow each other, with the largest score so far as the reference; segments start afresh and
+    // are merged in order. Of a token's last block only the first (length - 1) % 32 + 1 slots
+    // count; what the others hold, NaN included, has no influence on it, so they are skipped or
+    // selected away, never multiplied by zero.
     void (*attention)(const AttentionTask& task);
+
+    // The same in two parts, for one token: one segment, partial[group][head_dim + 16]; and, for
+    // one head, the merging of all segments: partial[segments], `stride` floats apart.
+    void (*attend_segment)(const AttentionTask& task, int64_t segment, float* partial);
+    void (*merge_segments)(const float* partial, int64_t segments, int64_t stride, int64_t head_dim,
+                           float* out);
 
     // Stores one token's k and v of one KV head into slot `slot` (0..31) of a block:
     // k into column `slot` of [head_dim][32], v into row `slot` of [32][head_dim]; float16, rounded

@@ -212,36 +212,97 @@ void run(const NormQkv& op, const StepContext& step, Worker& worker) {
         });
 }
 
+// Some successive tokens of one sequence, and `group` query heads from `head` on.
+AttentionTask attention_task(const Attention& op, const StepContext& step, const Worker& worker,
+                             int64_t token, int64_t tokens, int64_t head, int64_t group) {
+    const Dimensions& d = step.dimensions;
+    const int64_t kv_head = head / d.group();
+    AttentionTask task{};
+    task.q = op.input.data + token * op.input.width + head * d.head_dim;
+    task.out = op.out.data + token * op.out.width + head * d.head_dim;
+    task.tokens = tokens;
+    task.stride = op.out.width;
+    task.group = group;
+    task.head_dim = d.head_dim;
+    task.length = int64_t{step.arrays.positions[token]} + 1;
+    task.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d.head_dim)));
+    task.pool = step.kv.data();
+    task.block_table = step.arrays.block_tables[static_cast<size_t>(token)];
+    task.block_stride = step.kv.block_stride();
+    task.k_offset = step.kv.k_offset(op.layer, kv_head);
+    task.v_offset = step.kv.v_offset(op.layer, kv_head);
+    task.scratch = own(step, worker).attention;
+    return task;
+}
+
+int64_t segments_of(const StepContext& step, int64_t token) {
+    return ceil_div(int64_t{step.arrays.positions[token]} + 1, kSegmentTokens);
+}
+
+// A few tokens that look far back: the segments of each are computed by whoever is free, then
+// merged.
+void run_by_segments(const Attention& op, const StepContext& step, Worker& worker,
+                     int64_t segments) {
+    const Dimensions& d = step.dimensions;
+    const int64_t partial_floats = d.head_dim + kPartialExtra;
+    const int64_t segment_floats = d.num_attention_heads * partial_floats;
+    float* const partials = step.scratch.partials;  // [segment][head][head_dim + 16]
+
+    worker.phase(segments * d.num_key_value_heads, [&](int64_t chunk) {
+        const int64_t head = chunk % d.num_key_value_heads * d.group();
+        const int64_t slot = chunk / d.num_key_value_heads;
+        int64_t token = 0, segment = slot;
+        while (segment >= segments_of(step, token)) segment -= segments_of(step, token++);
+        step.kernels.attend_segment(attention_task(op, step, worker, token, 1, head, d.group()),
+                                    segment,
+                                    partials + slot * segment_floats + head * partial_floats);
+    });
+    worker.phase(step.arrays.tokens, [&](int64_t token) {
+        int64_t first = 0;
+        for (int64_t i = 0; i < token; ++i) first += segments_of(step, i);
+        for (int64_t head = 0; head < d.num_attention_heads; ++head) {
+            step.kernels.merge_segments(partials + first * segment_floats + head * partial_floats,
+                                        segments_of(step, token), segment_floats, d.head_dim,
+                                        op.out.data + token * op.out.width + head * d.head_dim);
+        }
+    });
+}
+
 void run(const Attention& op, const StepContext& step, Worker& worker) {
     const Dimensions& d = step.dimensions;
-    // Query heads that share a KV head read it once. With few tokens there are too few KV heads to
-    // go round, and each query head is a chunk by itself.
     const int64_t tokens = step.arrays.tokens;
-    const bool shared = tokens * d.num_key_value_heads >= worker.threads() * kChunksPerThread ||
-                        d.num_key_value_heads % worker.threads() == 0;
-    const int64_t group = shared ? d.group() : 1;
+    const int64_t wanted = worker.threads() * kChunksPerThread;
+    const bool few = tokens * d.num_key_value_heads < wanted;
+    if (few) {
+        int64_t segments = 0;
+        for (int64_t token = 0; token < tokens; ++token) segments += segments_of(step, token);
+        if (segments > tokens && segments <= kMostSegments) {
+            run_by_segments(op, step, worker, segments);
+            return;
+        }
+    }
+    // Query heads that share a KV head read it once, and successive tokens of a sequence too. With
+    // few tokens there are too few KV heads to go round, and each query head is a chunk by itself.
+    const int64_t group = few && d.num_key_value_heads % worker.threads() != 0 ? 1 : d.group();
     const int64_t groups = d.num_attention_heads / group;
-    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d.head_dim)));
+    const int64_t together =
+        std::clamp<int64_t>(tokens * d.num_key_value_heads / wanted, 1, kAttentionTokens);
+    const int64_t runs = ceil_div(tokens, together);
 
-    worker.phase(tokens * groups, [&](int64_t chunk) {
-        // The last token looks back furthest: the longest chunks first.
-        const int64_t token = tokens - 1 - chunk / groups;
+    worker.phase(runs * groups, [&](int64_t chunk) {
+        // The last tokens look back furthest: the longest chunks first.
+        const int64_t begin = (runs - 1 - chunk / groups) * together;
+        const int64_t end = std::min(begin + together, tokens);
         const int64_t head = chunk % groups * group;
-        const int64_t kv_head = head / d.group();
-        AttentionTask task{};
-        task.q = op.input.data + token * op.input.width + head * d.head_dim;
-        task.out = op.out.data + token * op.out.width + head * d.head_dim;
-        task.group = group;
-        task.head_dim = d.head_dim;
-        task.length = int64_t{step.arrays.positions[token]} + 1;
-        task.scale = scale;
-        task.pool = step.kv.data();
-        task.block_table = step.arrays.block_tables[static_cast<size_t>(token)];
-        task.block_stride = step.kv.block_stride();
-        task.k_offset = step.kv.k_offset(op.layer, kv_head);
-        task.v_offset = step.kv.v_offset(op.layer, kv_head);
-        task.scratch = own(step, worker).attention;
-        step.kernels.attention(task);
+        const auto& tables = step.arrays.block_tables;
+        for (int64_t token = begin, next = begin; token < end; token = next) {
+            while (next < end &&
+                   tables[static_cast<size_t>(next)] == tables[static_cast<size_t>(token)]) {
+                ++next;
+            }
+            step.kernels.attention(
+                attention_task(op, step, worker, token, next - token, head, group));
+        }
     });
 }
 

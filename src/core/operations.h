@@ -104,15 +104,20 @@ struct InputScratch {
 struct ThreadScratch {
     InputScratch input;  // of one token
     float* products;     // [kProductFloats * 2]
-    float* attention;    // [group][32 + head_dim]
+    float* attention;    // attention_scratch() floats
     std::byte* linear;   // kLinearScratch bytes
 };
 
 // Room for the products of a chunk: a tile of tokens times a chunk of rows.
 inline constexpr int64_t kProductFloats = 32 * 1024;
 
+// Segments of attention, over all tokens of a step, whose partial results there is room for: a
+// context of 262144 tokens. The memory is only taken as it is used.
+inline constexpr int64_t kMostSegments = 1024;
+
 struct Scratch {
     InputScratch input;  // of max_step_tokens tokens
+    float* partials;     // [kMostSegments][num_attention_heads][head_dim + 16]
     float* cosine;       // [max_step_tokens][head_dim / 2]
     float* sine;         // [max_step_tokens][head_dim / 2]
     std::vector<ThreadScratch> threads;

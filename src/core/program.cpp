@@ -78,6 +78,8 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
         buffers[name] = {layout.array<float>(d.max_step_tokens * width), width};
     }
     scratch.input = input(d.max_step_tokens);
+    scratch.partials =
+        layout.array<float>(kMostSegments * d.num_attention_heads * (d.head_dim + kPartialExtra));
     scratch.cosine = layout.array<float>(d.max_step_tokens * (d.head_dim / 2));
     scratch.sine = layout.array<float>(d.max_step_tokens * (d.head_dim / 2));
     scratch.threads.clear();
@@ -85,7 +87,7 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
         ThreadScratch own{};
         own.input = input(1);
         own.products = layout.array<float>(2 * kProductFloats);
-        own.attention = layout.array<float>(d.group() * (kBlockTokens + d.head_dim));
+        own.attention = layout.array<float>(attention_scratch(d.group(), d.head_dim));
         own.linear = layout.array<std::byte>(kLinearScratch);
         scratch.threads.push_back(own);
     }

@@ -236,8 +236,12 @@ class kernels:
         block_stride: int,
         k_offset: int,
         v_offset: int,
+        by_segments: bool = False,
     ) -> None:
-        """One token and KV head: q [group, d] over `length` tokens of the pool: out [group, d].
+        """Successive tokens and one KV head: q, out [tokens, group, d].
+
+        The first token sees `length` tokens of the pool, each next one a token more.
+        by_segments computes the segments of a single token one by one, the last first.
 
         Block b of the pool starts at element b * block_stride; K [d, 32] and V [32, d] of the head
         stand k_offset and v_offset behind it.

@@ -112,9 +112,10 @@ def run_heads(isa: str, guard: Guarded) -> None:
             k_alone, v_alone = (guard.like(array) for array in alone)
             kernels.store_kv(isa, k, v, slot, k_alone, v_alone)
         for group in (1, 2, 3, 4, 5, 8):
-            for length in (1, 7, 32, 33, 63, 64):
-                table = guard.like(np.array([1, 0][: 1 + (length > 32)], dtype=np.int32))
-                q = guard.like(random_inputs(group, head_dim))
+            for tokens, length in ((1, 1), (1, 7), (1, 32), (1, 33), (1, 63), (1, 64), (9, 28)):
+                blocks = 1 + (length + tokens - 1 > 32)
+                table = guard.like(np.array([1, 0][:blocks], dtype=np.int32))
+                q = guard.like(random_inputs(tokens * group, head_dim).reshape(tokens, group, -1))
                 out = guard.like(np.zeros_like(q))
                 kernels.attention(isa, q, out, length, 0.1, pool, table, 2 * size, 0, size)
         guard.free()

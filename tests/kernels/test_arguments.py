@@ -49,8 +49,8 @@ SOUND: dict[str, list[Any]] = {
     "store_kv": ["scalar", floats(8), floats(8), 5, halves(8, 32), halves(32, 8)],
     "attention": [
         "scalar",
-        floats(2, 8),
-        floats(2, 8),
+        floats(1, 2, 8),
+        floats(1, 2, 8),
         33,
         0.1,
         halves(4 * 512),

@@ -43,21 +43,26 @@ class Cache:
             self.pool[v_start : v_start + size].reshape(BLOCK_TOKENS, self.head_dim),
         )
 
-    def attention(self, isa: str, q: Floats, length: int, scale: float) -> Floats:
-        out = np.full_like(q, 77)
+    def attention(
+        self, isa: str, q: Floats, length: int, scale: float, *, by_segments: bool = False
+    ) -> Floats:
+        """q [group, d] of one token, or [tokens, group, d]: the last of them sees `length`."""
+        queries = q.reshape(-1, *q.shape[-2:])
+        out = np.full_like(queries, 77)
         kernels.attention(
             isa,
-            q,
+            queries,
             out,
-            length,
+            length - len(queries) + 1,
             scale,
             self.pool,
             self.table,
             self.stride,
             self.k_offset,
             self.v_offset,
+            by_segments,
         )
-        return out
+        return out.reshape(q.shape)
 
 
 def expected_attention(q: Floats, k: Floats, v: Floats, scale: float) -> npt.NDArray[np.float64]:
@@ -126,6 +131,41 @@ def test_sharing_a_call_changes_no_bit(isa: str) -> None:
         alone = np.concatenate([cache.attention(isa, q[i : i + 1], 77, 0.2) for i in range(8)])
         for group in range(1, 9):
             assert_same_bits(cache.attention(isa, q[:group], 77, 0.2), alone[:group])
+
+
+@each_isa
+@pytest.mark.parametrize("group", [1, 3, 4, 5])
+def test_tokens_that_share_a_call_get_the_bits_of_one_alone(isa: str, group: int) -> None:
+    k, v = random_inputs(2 * 620, 48).reshape(2, 620, 48)
+    cache = Cache(k, v)
+    for last in (12, 32, 37, 64, 71, 256, 257, 263, 300, 513, 620):
+        q = random_inputs(12 * group, 48, seed=last).reshape(12, group, 48)
+        alone = [cache.attention(isa, q[i], last - 11 + i, 0.2) for i in range(12)]
+        for tokens in (2, 3, 5, 8, 11, 12):
+            found = cache.attention(isa, q[-tokens:], last, 0.2)
+            assert_same_bits(found, np.stack(alone[-tokens:]))
+
+
+@each_isa
+def test_a_later_token_that_is_not_finite_does_not_reach_an_earlier_one(isa: str) -> None:
+    k, v = random_inputs(2 * 300, 64).reshape(2, 300, 64)
+    q = random_inputs(12 * 3, 64).reshape(12, 3, 64)
+    clean = Cache(k, v).attention(isa, q, 300, 0.125)
+    k[293] = v[293] = np.nan
+    found = Cache(k, v).attention(isa, q, 300, 0.125)
+    assert_same_bits(found[:5], clean[:5])
+    assert np.isnan(found[5:]).all()
+
+
+@each_isa
+def test_segments_in_any_order_give_the_same_bits(isa: str) -> None:
+    k, v = random_inputs(2 * 1100, 64).reshape(2, 1100, 64)
+    cache = Cache(k, v)
+    for group in (1, 3, 4, 15):
+        q = random_inputs(group, 64, seed=group)
+        for length in (1, 33, 255, 256, 257, 512, 700, 1100):
+            found = cache.attention(isa, q, length, 0.125, by_segments=True)
+            assert_same_bits(found, cache.attention(isa, q, length, 0.125))
 
 
 @each_isa

@@ -112,6 +112,30 @@ def test_same_bits_whatever_the_threads_and_chunks(types: tuple[WeightType, ...]
 
 
 @pytest.mark.parametrize("isa", _core.isas())
+def test_same_bits_of_tokens_that_look_far_back(isa: str) -> None:
+    # Past 256 tokens, several threads share the attention of one token.
+    config = small_config(max_position_embeddings=1024)
+    model = Model.random(config, MIX)
+    tokens = random_tokens(config, 600)
+    first = run_sequence(model.runner(isa=isa), config, tokens, blocks_for(600), 256)
+    assert np.isfinite(first).all()
+    for threads, begin in ((1, 590), (2, 500), (4, 590)):
+        runner = model.runner(isa=isa, threads=threads)
+        run_sequence(runner, config, tokens[:begin], blocks_for(600), 100)
+        # Beside a short sequence in blocks of its own, whose past is all zeros.
+        for position in range(begin, 600):
+            found = step(
+                runner,
+                config,
+                tokens[[position, 3]],
+                [position, 3],
+                [0, 1],
+                np.stack([blocks_for(600), blocks_for(600, 19)]),
+            )
+            assert np.array_equal(found[0], first[position]), f"{threads} threads, at {position}"
+
+
+@pytest.mark.parametrize("isa", _core.isas())
 def test_same_bits_alone_and_among_sixteen(isa: str) -> None:
     config = small_config()
     model = Model.random(config, MIX)

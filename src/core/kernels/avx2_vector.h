@@ -22,7 +22,8 @@ constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 2;
 constexpr int kFewTokens = 2;
 constexpr int kFloatTileTokens = 3;
-constexpr int kTileHeads = 2;
+constexpr int kTileRowsOfAttention = 2;
+constexpr int kAttentionTotals = 8;
 // How far ahead of its use a weight is asked for.
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -105,10 +106,8 @@ SMOLRUN_INLINE Floats scale_by_power_of_two(Floats x, Floats n) {
 SMOLRUN_INLINE __m128 fold(__m256 x) {
     return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
-SMOLRUN_INLINE float max_lane(Floats x) {
-    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+SMOLRUN_INLINE __m128 fold_max(__m256 x) {
+    return _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
 // total += squares of x, in double.
 struct Doubles {

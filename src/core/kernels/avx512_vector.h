@@ -33,8 +33,9 @@ constexpr int kDirectTokens = 4;
 constexpr int kFewTokens = 8;
 // Tiles of a product of float weights: 4 rows x tokens.
 constexpr int kFloatTileTokens = 6;
-// Tiles of attention: query heads that share a load of K or V.
-constexpr int kTileHeads = 4;
+// Tiles of attention: rows that share a load of K or V, and totals in registers.
+constexpr int kTileRowsOfAttention = 12;
+constexpr int kAttentionTotals = 24;
 // How far ahead of its use a weight is asked for.
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -106,11 +107,9 @@ SMOLRUN_INLINE __m128 fold(__m512 x) {
     const __m256 y = _mm256_add_ps(low_half(x), high_half(x));
     return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
 }
-SMOLRUN_INLINE float max_lane(Floats x) {
+SMOLRUN_INLINE __m128 fold_max(__m512 x) {
     const __m256 y = _mm256_max_ps(low_half(x), high_half(x));
-    __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-    z = _mm_max_ps(z, _mm_movehl_ps(z, z));
-    return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+    return _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
 }
 // total += squares of x, in double.
 struct Doubles {

@@ -122,30 +122,71 @@ BlockResult attend_block(const AttentionTask& task, const float* q, const uint16
     return result;
 }
 
-void attend_head(const AttentionTask& task, const float* q, float* out, float* scratch) {
+// all = all and one together; both [head_dim].
+void merge(const BlockResult& one, const float* weighted, int64_t head_dim, BlockResult& all,
+           float* out) {
+    // exp(-inf - maximum) is 0 for the first one, so nothing of the start is left.
+    const float maximum = std::max(all.maximum, one.maximum);
+    const float keep = std::exp(all.maximum - maximum);
+    const float take = std::exp(one.maximum - maximum);
+    all = {maximum, all.sum * keep + one.sum * take};
+    for (int64_t i = 0; i < head_dim; ++i) out[i] = out[i] * keep + weighted[i] * take;
+}
+
+constexpr BlockResult kNothing = {-std::numeric_limits<float>::infinity(), 0.0f};
+
+// One head of a token that sees `length` tokens; scratch is [32 + head_dim].
+void attend_segment_of_head(const AttentionTask& task, const float* q, int64_t length,
+                            int64_t segment, float* scratch, float* partial) {
     float* scores = scratch;                   // [32]
     float* weighted = scratch + kBlockTokens;  // [head_dim]
-    BlockResult all{-std::numeric_limits<float>::infinity(), 0.0f};
-    std::fill_n(out, task.head_dim, 0.0f);
-    for (int64_t first = 0; first < task.length; first += kBlockTokens) {
+    BlockResult all = kNothing;
+    std::fill_n(partial, task.head_dim, 0.0f);
+    const int64_t end = std::min(length, (segment + 1) * kSegmentTokens);
+    for (int64_t first = segment * kSegmentTokens; first < end; first += kBlockTokens) {
         const uint16_t* block =
             task.pool + int64_t{task.block_table[first / kBlockTokens]} * task.block_stride;
-        const int64_t count = std::min(kBlockTokens, task.length - first);
+        const int64_t count = std::min(kBlockTokens, end - first);
         const BlockResult one = attend_block(task, q, block, count, scores, weighted);
-        // exp(-inf - maximum) is 0 for the first block, so nothing of the start is left.
-        const float maximum = std::max(all.maximum, one.maximum);
-        const float keep = std::exp(all.maximum - maximum);
-        const float take = std::exp(one.maximum - maximum);
-        all = {maximum, all.sum * keep + one.sum * take};
-        for (int64_t i = 0; i < task.head_dim; ++i) out[i] = out[i] * keep + weighted[i] * take;
+        merge(one, weighted, task.head_dim, all, partial);
     }
-    for (int64_t i = 0; i < task.head_dim; ++i) out[i] /= all.sum;
+    partial[task.head_dim] = all.maximum;
+    partial[task.head_dim + 1] = all.sum;
+}
+
+void attend_segment(const AttentionTask& task, int64_t segment, float* partial) {
+    for (int64_t head = 0; head < task.group; ++head) {
+        attend_segment_of_head(task, task.q + head * task.head_dim, task.length, segment,
+                               task.scratch, partial + head * (task.head_dim + kPartialExtra));
+    }
+}
+
+void merge_segments(const float* partial, int64_t segments, int64_t stride, int64_t head_dim,
+                    float* out) {
+    BlockResult all = kNothing;
+    std::fill_n(out, head_dim, 0.0f);
+    for (int64_t i = 0; i < segments; ++i, partial += stride) {
+        merge({partial[head_dim], partial[head_dim + 1]}, partial, head_dim, all, out);
+    }
+    for (int64_t i = 0; i < head_dim; ++i) out[i] /= all.sum;
 }
 
 void attention(const AttentionTask& task) {
-    for (int64_t head = 0; head < task.group; ++head) {
-        attend_head(task, task.q + head * task.head_dim, task.out + head * task.head_dim,
-                    task.scratch + head * (kBlockTokens + task.head_dim));
+    float* const partial = task.scratch + kBlockTokens + task.head_dim;  // [head_dim + 16]
+    for (int64_t token = 0; token < task.tokens; ++token) {
+        const int64_t length = task.length + token;
+        for (int64_t head = 0; head < task.group; ++head) {
+            const int64_t at = token * task.stride + head * task.head_dim;
+            float* const out = task.out + at;
+            BlockResult all = kNothing;
+            std::fill_n(out, task.head_dim, 0.0f);
+            for (int64_t segment = 0; segment * kSegmentTokens < length; ++segment) {
+                attend_segment_of_head(task, task.q + at, length, segment, task.scratch, partial);
+                merge({partial[task.head_dim], partial[task.head_dim + 1]}, partial, task.head_dim,
+                      all, out);
+            }
+            for (int64_t i = 0; i < task.head_dim; ++i) out[i] /= all.sum;
+        }
     }
 }
 
@@ -162,6 +203,8 @@ const Kernels kScalarKernels = {
     .swiglu = swiglu,
     .add = add,
     .attention = attention,
+    .attend_segment = attend_segment,
+    .merge_segments = merge_segments,
     .store_kv = store_kv,
 #define X(name, weights, bytes) scalar::dequantize(WeightType::name),
     .dequantize = {SMOLRUN_WEIGHT_TYPES(X)},

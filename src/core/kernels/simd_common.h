@@ -38,6 +38,13 @@ SMOLRUN_INLINE float sum_lanes(Floats x) {
     const __m128 pairs = _mm_hadd_ps(fold(x), fold(x));
     return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
 }
+// The largest lane of four vectors; none is NaN.
+SMOLRUN_INLINE __m128 max_lanes(Floats a, Floats b, Floats c, Floats d) {
+    const __m128 x = fold_max(a), y = fold_max(b), z = fold_max(c), w = fold_max(d);
+    const __m128 xy = _mm_max_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));
+    const __m128 zw = _mm_max_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
+    return _mm_max_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy));
+}
 SMOLRUN_INLINE int32_t sum_lanes(Words x) {
     __m128i y = fold_sum(x);
     y = _mm_add_epi32(y, _mm_shuffle_epi32(y, _MM_SHUFFLE(1, 0, 3, 2)));

@@ -39,6 +39,8 @@ consteval Kernels table(const char* name) {
         .swiglu = swiglu,
         .add = add_to,
         .attention = attention,
+        .attend_segment = attend_segment,
+        .merge_segments = merge_segments,
         .store_kv = store_kv,
 #define X(type, weights, bytes) dequantize<WeightType::type>(),
         .dequantize = {SMOLRUN_WEIGHT_TYPES(X)},
