@@ -97,7 +97,12 @@ def read_small_file(path: Path, limit: int) -> bytes | None:
     if not os.path.lexists(path):
         return None
     descriptor, size = _open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
+        opened = os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with opened as file:
         if size > limit:
             raise ModelFormatError(f"{path}: {size} bytes, expected at most {limit}")
         content = file.read(limit + 1)
