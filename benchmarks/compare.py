@@ -56,9 +56,7 @@ def compare(path: Path, options: argparse.Namespace, context: int) -> None:
             (f"prefill {options.prompt}", options.prompt, lambda peer: peer.prefill(prompt))
         )
     for depth in options.depth if options.decode else []:
-        run: Callable[[Peer], float] = functools.partial(
-            _decode, depth=depth, count=options.decode
-        )
+        run: Callable[[Peer], float] = functools.partial(_decode, depth=depth, count=options.decode)
         work.append((f"decode at {depth}", options.decode, run))
     for label, tokens, run in work:
         pairs = ratios(functools.partial(run, ours), functools.partial(run, theirs), options.rounds)
