@@ -30,7 +30,7 @@ WeightType weight_type_of(const std::string& name) {
 class PythonWeight {
   public:
     PythonWeight(const std::string& type, int64_t rows, int64_t columns, nb::handle data,
-                 int64_t interleaved_head_dim, int threads, bool drop_source)
+                 int64_t interleaved_head_dim, int threads, bool drop_source, bool copy)
         : source_(std::in_place, data, "data", Element::uint8, 1) {
         if (drop_source && !source_->readonly()) {
             throw std::invalid_argument("data: drop_source needs a read-only view of a file");
@@ -40,7 +40,7 @@ class PythonWeight {
         const int64_t bytes = source_->bytes();
         {
             const GilReleased released;
-            weight_.emplace(source, bytes, threads, drop_source);
+            weight_.emplace(source, bytes, threads, drop_source, copy);
         }
         if (!weight_->borrows()) source_.reset();
     }
@@ -198,10 +198,10 @@ class PythonRunner {
 
 void bind_runner(nb::module_& module) {
     nb::class_<PythonWeight>(module, "Weight")
-        .def(nb::init<const std::string&, int64_t, int64_t, nb::handle, int64_t, int, bool>(),
+        .def(nb::init<const std::string&, int64_t, int64_t, nb::handle, int64_t, int, bool, bool>(),
              nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
              nb::arg("interleaved_head_dim") = 0, nb::arg("threads") = 1,
-             nb::arg("drop_source") = false)
+             nb::arg("drop_source") = false, nb::arg("copy") = false)
         .def_prop_ro("type",
                      [](const PythonWeight& w) {
                          return std::string(layout(w.weight().matrix().type).name);

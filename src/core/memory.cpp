@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -14,12 +16,12 @@ namespace smolrun {
 #ifdef __linux__
 namespace {
 
-struct Pages {
+struct PageRange {
     uintptr_t begin;
     uintptr_t end;  // not above begin where the range holds no whole page
 };
 
-Pages whole_pages(const std::byte* data, size_t bytes) {
+PageRange whole_pages(const std::byte* data, size_t bytes) {
     const uintptr_t page = page_bytes();
     const uintptr_t first = reinterpret_cast<uintptr_t>(data);
     return {(first + page - 1) / page * page, (first + bytes) / page * page};
@@ -41,7 +43,7 @@ int64_t checked_product(int64_t a, int64_t b) {
     return product;
 }
 
-AnonymousMemory::AnonymousMemory(size_t bytes) {
+AnonymousMemory::AnonymousMemory(size_t bytes, Pages pages) {
     if (bytes == 0) return;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #ifdef MAP_NORESERVE
@@ -51,6 +53,12 @@ AnonymousMemory::AnonymousMemory(size_t bytes) {
     if (data == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<std::byte*>(data);
     bytes_ = bytes;
+#ifdef MADV_HUGEPAGE
+    // A wish: a system without huge pages does without. Recent ones align large mappings to them.
+    if (pages == Pages::huge) (void)madvise(data, bytes, MADV_HUGEPAGE);
+#else
+    (void)pages;
+#endif
 }
 
 AnonymousMemory::~AnonymousMemory() {
@@ -71,7 +79,7 @@ void AnonymousMemory::release(size_t offset, size_t bytes) {
     std::byte* const end = begin + bytes;
 #ifdef __linux__
     // Only Linux promises that the dropped pages come back as zeros.
-    const Pages pages = whole_pages(begin, bytes);
+    const PageRange pages = whole_pages(begin, bytes);
     if (pages.end > pages.begin) {
         std::byte* const first = begin + (pages.begin - reinterpret_cast<uintptr_t>(begin));
         std::byte* const last = first + (pages.end - pages.begin);
@@ -83,6 +91,58 @@ void AnonymousMemory::release(size_t offset, size_t bytes) {
     }
 #endif
     std::memset(begin, 0, static_cast<size_t>(end - begin));
+}
+
+namespace {
+
+// Where the next part is cut from. The parts own the mapping.
+struct Pool {
+    std::mutex mutex;
+    std::weak_ptr<AnonymousMemory> mapping;
+    size_t used = 0;
+};
+
+Pool& pool() {
+    static Pool* const shared = new Pool;  // parts may outlive static objects
+    return *shared;
+}
+
+}  // namespace
+
+PooledMemory::PooledMemory(size_t bytes) {
+    if (bytes == 0) return;
+    // Only address space is taken beforehand, so the size costs nothing.
+    constexpr size_t kMappingBytes = size_t{64} << 20;
+    const size_t rounded = (bytes + page_bytes() - 1) / page_bytes() * page_bytes();
+    if (rounded < bytes) throw std::bad_alloc();
+    Pool& from = pool();
+    const std::lock_guard<std::mutex> lock(from.mutex);
+    mapping_ = from.mapping.lock();
+    if (mapping_ == nullptr || mapping_->bytes() - from.used < rounded) {
+        mapping_ = std::make_shared<AnonymousMemory>(std::max(rounded, kMappingBytes), Pages::huge);
+        from.mapping = mapping_;
+        from.used = 0;
+    }
+    data_ = mapping_->data() + from.used;
+    bytes_ = bytes;
+    from.used += rounded;
+}
+
+PooledMemory::~PooledMemory() {
+    if (data_ == nullptr) return;
+    mapping_->release(static_cast<size_t>(data_ - mapping_->data()), bytes_);
+}
+
+PooledMemory::PooledMemory(PooledMemory&& other) noexcept
+    : mapping_(std::move(other.mapping_)),
+      data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)) {}
+
+PooledMemory& PooledMemory::operator=(PooledMemory&& other) noexcept {
+    std::swap(mapping_, other.mapping_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
 }
 
 size_t Layout::reserve(int64_t count, size_t element_bytes) {
@@ -129,7 +189,7 @@ bool is_file_mapping(uintptr_t begin, uintptr_t end) {
 }  // namespace
 
 bool drop_file_pages(const std::byte* data, size_t bytes) {
-    const Pages pages = whole_pages(data, bytes);
+    const PageRange pages = whole_pages(data, bytes);
     if (pages.end <= pages.begin || !is_file_mapping(pages.begin, pages.end)) return false;
     return madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_DONTNEED) ==
            0;

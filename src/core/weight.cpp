@@ -42,13 +42,14 @@ void check(const FileRows& source, int64_t source_bytes) {
 
 }  // namespace
 
-Weight::Weight(const FileRows& source, int64_t source_bytes, int threads, bool drop_source)
+Weight::Weight(const FileRows& source, int64_t source_bytes, int threads, bool drop_source,
+               bool copy)
     : matrix_{} {
     check(source, source_bytes);
     matrix_ = {source.type, source.rows, source.columns, source.data};
-    if (is_float(source.type) && source.interleaved_head_dim == 0) return;
+    if (is_float(source.type) && source.interleaved_head_dim == 0 && !copy) return;
 
-    packed_ = AnonymousMemory(
+    packed_ = PooledMemory(
         static_cast<size_t>(smolrun::packed_bytes(source.type, source.rows, source.columns)));
     std::byte* const out = packed_.data();
     // Chunks hold whole heads, whose rows change places, and whole groups of rows.

@@ -43,8 +43,8 @@ class _Profile(TypedDict):
 class Weight:
     """A weight matrix, ready for the kernels.
 
-    Float types whose rows stand in order are used where they are: `data` is kept alive. The others
-    are repacked into memory of their own.
+    Float types whose rows stand in order are used where they are, and `data` is kept alive, unless
+    a copy is asked for. The others are repacked into memory of their own.
     """
 
     def __init__(
@@ -56,11 +56,13 @@ class Weight:
         interleaved_head_dim: int = 0,
         threads: int = 1,
         drop_source: bool = False,
+        copy: bool = False,
     ) -> None:
         """`data` [rows * row bytes], as in the file; `threads` share the packing.
 
         drop_source: `data` is a read-only view of a mapped file; its pages are given back as they
         are packed (and would be read again if touched). Memory that is no file's is left alone.
+        copy: a float type is copied too, into huge pages, which are faster to read.
         ValueError where `data` does not fit the shape, or blocks do not fill the columns.
         """
 

@@ -31,6 +31,42 @@ def test_float_weights_are_used_where_they_lie(threads: int) -> None:
     assert sys.getrefcount(data) == references
 
 
+@pytest.mark.parametrize("weight_type", [WeightType.F32, WeightType.F16, WeightType.BF16])
+def test_a_copy_of_float_weights_gives_the_same_bits(weight_type: WeightType) -> None:
+    config = small_config(num_hidden_layers=1)
+    model = Model.random(config, [weight_type])
+    rows, columns = config.num_attention_heads * config.head_dim, config.hidden_size
+    data = random_blocks(np.random.default_rng(4), weight_type, rows, columns)
+    odd = np.empty(data.size + 1, dtype=np.uint8)[1:]  # at no aligned address
+    odd[:] = data
+    references = sys.getrefcount(odd)
+    copy = _core.Weight(weight_type.value, rows, columns, odd, threads=2, copy=True)
+    assert sys.getrefcount(odd) == references
+    assert copy.nbytes == data.size
+    in_place = _core.Weight(weight_type.value, rows, columns, data)
+    assert np.array_equal(logits_with(copy, model), logits_with(in_place, model))
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+@linux_only
+def test_weights_that_are_gone_give_their_memory_back() -> None:
+    size = 4096 * 4096
+    data = np.ones(size * 2, dtype=np.uint8)
+    before = resident_bytes()
+    first = _core.Weight("F16", 4096, 4096, data, copy=True)
+    second = _core.Weight("F16", 4096, 4096, data, copy=True)
+    assert resident_bytes() >= before + 4 * size - (4 << 20)
+    del first  # the second, which may share its mapping, stays
+    assert resident_bytes() <= before + 2 * size + (4 << 20)
+    del second
+    assert resident_bytes() <= before + (4 << 20)
+
+
 @pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
 def test_quantized_weights_are_copied(weight_type: WeightType) -> None:
     data = random_blocks(np.random.default_rng(0), weight_type, 20, 256)

@@ -25,6 +25,12 @@ SMOLRUN_INLINE Floats load_weights(const std::byte* from, int64_t count) {
 
 constexpr int kTileRows = 4;
 
+// Rows are short, and each is a fresh start to the CPU's own prefetching: the next rows are asked
+// for while these are used.
+SMOLRUN_INLINE int64_t prefetch_distance(int64_t row_bytes) {
+    return smaller(kTileRows * row_bytes, 16384);
+}
+
 // Some columns of a product of four rows and a tile of tokens. Totals between two parts of a row
 // are in memory.
 struct FloatPart {
@@ -42,8 +48,7 @@ void multiply_float_tile(const Matrix& weights, const float* x, const FloatPart&
         from[r] = weights.data +
                   ((row + smaller(r, rows - 1)) * columns + part.first_column) * weight_bytes(type);
     }
-    // Rows are short, and each is a fresh start to the CPU's own prefetching.
-    const int64_t ahead = smaller(kTileRows * columns * weight_bytes(type), 4096);
+    const int64_t ahead = prefetch_distance(columns * weight_bytes(type));
     Floats totals[tokens][kTileRows];
     for (int t = 0; t < tokens; ++t) {
         for (int r = 0; r < kTileRows; ++r) {
@@ -102,10 +107,57 @@ void multiply_float_tiles(const Matrix& weights, const float* x, const FloatPart
     }
 }
 
+// One token waits for memory alone, and the less there is between two loads, the further the CPU
+// looks ahead. The same sums as in a tile.
+template <WeightType type>
+void multiply_one_token(const Matrix& weights, const float* x, int64_t row_begin, int64_t row_end,
+                        float* out) {
+    constexpr int64_t bytes = weight_bytes(type), line_columns = 64 / bytes;
+    const int64_t columns = weights.columns, row_bytes = columns * bytes;
+    const int64_t whole = columns / line_columns * line_columns;
+    const int64_t ahead = prefetch_distance(row_bytes);
+    int64_t row = row_begin;
+    for (; row + kTileRows <= row_end; row += kTileRows) {
+        const std::byte* from[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) from[r] = weights.data + (row + r) * row_bytes;
+        Floats totals[kTileRows];
+        for (Floats& total : totals) total = broadcast(0.0f);
+        for (int64_t column = 0; column < whole; column += line_columns) {
+            if constexpr (type != WeightType::F32) {
+                for (int r = 0; r < kTileRows; ++r) prefetch(from[r] + column * bytes + ahead, 1);
+            }
+#pragma GCC unroll 8
+            for (int64_t i = column; i < column + line_columns; i += kLanes) {
+                const Floats input = load(x + i);
+                for (int r = 0; r < kTileRows; ++r) {
+                    totals[r] =
+                        fma(load_weights<type>(from[r] + i * bytes, kLanes), input, totals[r]);
+                }
+            }
+        }
+        for (int64_t i = whole; i < columns; i += kLanes) {
+            const int64_t count = smaller(kLanes, columns - i);
+            const Floats input = load_up_to(x + i, count);
+            for (int r = 0; r < kTileRows; ++r) {
+                totals[r] = fma(load_weights<type>(from[r] + i * bytes, count), input, totals[r]);
+            }
+        }
+        _mm_storeu_ps(out + row - row_begin, sum_lanes(totals[0], totals[1], totals[2], totals[3]));
+    }
+    if (row < row_end) {
+        multiply_float_tile<type, 1>(weights, x, {0, columns, true, true}, row, row_end - row,
+                                     nullptr, out + row - row_begin, 0);
+    }
+}
+
 template <WeightType type>
 void multiply_floats(const Matrix& weights, const Activations& input, int64_t tokens,
                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                      std::byte* scratch) {
+    if (tokens == 1) {
+        multiply_one_token<type>(weights, input.values, row_begin, row_end, out);
+        return;
+    }
     // One tile of tokens streams whole rows. More of them take a part of the columns at a time, so
     // that a tile's inputs stay in the first-level cache and the weights in the second.
     constexpr int64_t part_columns = 1024, block_rows = 32;

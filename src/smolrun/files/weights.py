@@ -24,10 +24,10 @@ def native_weights(
 ) -> NativeWeights:
     """The weights of a listing by canonical name: matrices as Weight, vectors as float32 arrays.
 
-    Float matrices are used where they lie in the file. Quantized ones are packed into memory of the
-    same size, and the file's pages are given back as they are packed, so that memory never holds
-    two copies: the peak is the size of the files and a few megabytes. The checkpoint may be closed
-    afterwards. `threads` share the packing of one matrix.
+    Matrices are packed, or copied where they are float, into huge pages, from which they are read
+    up to a third faster than from the file's own. The file's pages are given back meanwhile, so
+    that memory never holds two copies: the peak is the size of the files and a few megabytes. The
+    checkpoint may be closed afterwards. `threads` share the packing of one matrix.
     """
     return _native(checkpoint.tensors, program, threads, checkpoint.file_of, progress)
 
@@ -63,18 +63,15 @@ def _native(
 
 def _matrix(tensor: Tensor, threads: int, file: MappedFile | None) -> Weight:
     data = tensor.data
-    aligned = not tensor.type.is_float or data.ctypes.data % tensor.type.block_bytes == 0
-    if not aligned:  # the header of a safetensors file may have any length
-        data = data.copy()
-    weight = Weight(
+    if file is None and tensor.type.is_float and data.ctypes.data % tensor.type.block_bytes:
+        data = data.copy()  # used where it lies, which may be anywhere
+    return Weight(
         tensor.type.value,
         tensor.rows,
         tensor.columns,
         data,
         interleaved_head_dim=tensor.interleaved_head_dim,
         threads=threads,
-        drop_source=aligned and file is not None,
+        drop_source=file is not None,
+        copy=file is not None,
     )
-    if file is not None and not aligned:
-        file.drop(tensor.data)
-    return weight
