@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <new>
@@ -110,9 +111,23 @@ struct QuantizedInputs {
     }
 };
 
+// The same in 8 bits.
+std::vector<BytePiece> quantized_bytes(const Kernels& with, const float* x, int64_t tokens,
+                                       int64_t columns) {
+    std::vector<BytePiece> pieces(static_cast<std::size_t>(tokens * columns / 32));
+    for (int64_t t = 0; t < tokens; ++t) {
+        with.quantize_bytes(x + t * columns, columns, pieces.data() + t * columns / 32);
+    }
+    return pieces;
+}
+
+bool has_fast(const std::string& isa, const std::string& name) {
+    return kernels(isa).fast_linear[static_cast<int>(weight_type(name))] != nullptr;
+}
+
 void py_linear(const std::string& isa, const std::string& name, int64_t rows, int64_t columns,
-               nb::handle packed, nb::handle x, int64_t row_begin, int64_t row_end,
-               nb::handle out) {
+               nb::handle packed, nb::handle x, int64_t row_begin, int64_t row_end, nb::handle out,
+               bool fast) {
     const Kernels& with = kernels(isa);
     const WeightType type = checked_type(name, rows, columns);
     const Array bytes = packed_input(packed, type, rows, columns);
@@ -124,14 +139,19 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
     require(row_begin % kGroupRows == 0, "row_begin: must be a multiple of 16");
     require(row_end % kGroupRows == 0 || row_end == rows,
             "row_end: must be a multiple of 16, or the number of rows");
+    require(!fast || has_fast(isa, name), "fast: there is no such product of " + name);
     const int64_t stride = row_end - row_begin;
     const Array to = output(out, "out", Element::float32, {tokens, stride});
 
     nb::gil_scoped_release unlocked;
     const Matrix weights{type, rows, columns, bytes.data<std::byte>()};
-    Activations activations{columns, values.data<float>(), nullptr, nullptr, nullptr};
+    Activations activations{columns, values.data<float>(), nullptr, nullptr, nullptr, nullptr};
+    std::vector<BytePiece> pieces;
     std::optional<QuantizedInputs> quantized;
-    if (!is_float(type)) {
+    if (fast) {
+        pieces = quantized_bytes(with, activations.values, tokens, columns);
+        activations.bytes = pieces.data();
+    } else if (!is_float(type)) {
         quantized.emplace(with, activations.values, tokens, columns);
         activations.codes = quantized->codes.data();
         activations.scales = quantized->scales.data();
@@ -142,8 +162,10 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
     };
     const std::unique_ptr<std::byte[], Free> scratch(new (std::align_val_t{64})
                                                          std::byte[kLinearScratch]);
-    with.linear[static_cast<int>(type)](weights, activations, tokens, row_begin, row_end,
-                                        to.data<float>(), stride, scratch.get());
+    const Kernels::Linear multiply =
+        (fast ? with.fast_linear : with.linear)[static_cast<int>(type)];
+    multiply(weights, activations, tokens, row_begin, row_end, to.data<float>(), stride,
+             scratch.get());
 }
 
 void py_dequantize(const std::string& isa, const std::string& name, int64_t rows, int64_t columns,
@@ -168,6 +190,23 @@ void py_quantize(const std::string& isa, nb::handle x, nb::handle codes, nb::han
     const Array to_sums = output(sums, "sums", Element::int32, {columns / 16});
     with.quantize(values.data<float>(), columns, to_codes.data<int16_t>(), to_scales.data<float>(),
                   to_sums.data<int32_t>());
+}
+
+void py_quantize_bytes(const std::string& isa, nb::handle x, nb::handle codes, nb::handle scales,
+                       nb::handle sums) {
+    const Kernels& with = kernels(isa);
+    const Array values = vector(x, "x");
+    const int64_t columns = values.size(0);
+    require(columns % 32 == 0, "x: the length must be a multiple of 32");
+    const Array to_codes = output(codes, "codes", Element::int8, {columns});
+    const Array to_scales = output(scales, "scales", Element::float32, {columns / 16});
+    const Array to_sums = output(sums, "sums", Element::int32, {columns / 16});
+    const auto pieces = quantized_bytes(with, values.data<float>(), 1, columns);
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        std::copy_n(pieces[i].codes, 32, to_codes.data<int8_t>() + 32 * i);
+        std::copy_n(pieces[i].scales, 2, to_scales.data<float>() + 2 * i);
+        std::copy_n(pieces[i].sums, 2, to_sums.data<int32_t>() + 2 * i);
+    }
 }
 
 void py_rms_norm(const std::string& isa, nb::handle x, nb::handle weight, float epsilon,
@@ -283,10 +322,12 @@ void bind_kernels(nb::module_& module) {
     m.def("pack", &py_pack, "type"_a, "rows"_a, "columns"_a, "data"_a, "interleaved_head_dim"_a,
           "out"_a);
     m.def("linear", &py_linear, "isa"_a, "type"_a, "rows"_a, "columns"_a, "packed"_a, "x"_a,
-          "row_begin"_a, "row_end"_a, "out"_a);
+          "row_begin"_a, "row_end"_a, "out"_a, "fast"_a = false);
+    m.def("has_fast", &has_fast, "isa"_a, "type"_a);
     m.def("dequantize", &py_dequantize, "isa"_a, "type"_a, "rows"_a, "columns"_a, "packed"_a,
           "row"_a, "out"_a);
     m.def("quantize", &py_quantize, "isa"_a, "x"_a, "codes"_a, "scales"_a, "sums"_a);
+    m.def("quantize_bytes", &py_quantize_bytes, "isa"_a, "x"_a, "codes"_a, "scales"_a, "sums"_a);
     m.def("rms_norm", &py_rms_norm, "isa"_a, "x"_a, "weight"_a, "epsilon"_a, "out"_a);
     m.def("rope", &py_rope, "isa"_a, "heads"_a, "cosine"_a, "sine"_a);
     m.def("swiglu", &py_swiglu, "isa"_a, "gate"_a, "up"_a, "out"_a);

@@ -91,7 +91,7 @@ class PythonRunner {
                  int64_t num_attention_heads, int64_t num_key_value_heads, int64_t head_dim,
                  int64_t num_hidden_layers, int64_t vocab_size, nb::handle inverse_frequencies,
                  double attention_factor, int64_t kv_blocks, int64_t max_step_tokens, int threads,
-                 const std::string& isa) {
+                 const std::string& isa, const std::string& activations) {
         ProgramSpec spec;
         spec.operations = read_operations(operations);
         for (const auto& [key, value] : weights) {
@@ -111,6 +111,7 @@ class PythonRunner {
         spec.dimensions = {num_attention_heads, num_key_value_heads, head_dim, num_hidden_layers,
                            vocab_size,          max_step_tokens,     threads};
         spec.isa = isa;
+        spec.activations = activations;
         runner_.emplace(std::move(spec), kv_blocks);
     }
 
@@ -213,12 +214,12 @@ void bind_runner(nb::module_& module) {
     nb::class_<PythonRunner>(module, "Runner")
         .def(nb::init<const nb::list&, const nb::dict&, const nb::dict&, int64_t, int64_t, int64_t,
                       int64_t, int64_t, nb::handle, double, int64_t, int64_t, int,
-                      const std::string&>(),
+                      const std::string&, const std::string&>(),
              nb::arg("operations"), nb::arg("weights"), nb::arg("buffers"), nb::kw_only(),
              nb::arg("num_attention_heads"), nb::arg("num_key_value_heads"), nb::arg("head_dim"),
              nb::arg("num_hidden_layers"), nb::arg("vocab_size"), nb::arg("inverse_frequencies"),
              nb::arg("attention_factor"), nb::arg("kv_blocks"), nb::arg("max_step_tokens") = 256,
-             nb::arg("threads"), nb::arg("isa"))
+             nb::arg("threads"), nb::arg("isa"), nb::arg("activations") = "exact")
         .def("step", &PythonRunner::step, nb::arg("tokens"), nb::arg("positions"),
              nb::arg("sequences"), nb::arg("block_tables"), nb::arg("logit_rows"),
              nb::arg("logits"), nb::arg("hidden") = nb::none())

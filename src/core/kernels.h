@@ -31,6 +31,17 @@
 //     Q6_K           32        16.8e6                  4.3e9: does NOT fit
 //     IQ4_XS        127         134e6                  4.3e9: does NOT fit
 //
+// Fast products of quantized weights. The same, of activations rounded to 8 bits, whose codes are
+// at most 127, with a scale for each 16: s, t for the two halves of 32 neighbours. They add
+//
+//     total = fma(scale, fma(t, float(second dot), s * float(first dot)), total)
+//
+// or, where the weights have a scale for each 16 as well,
+//
+//     total = fma(scale * s, float(dot), total)                     for one half, then the other
+//
+// and then total = fma(minimum, scaled sum, total), or for each half fma(minimum, s * sum, total).
+//
 // Products of float weights: a fixed order of summation per row length, the same for one token and
 // for many. They take any number of columns, and weights at any address, as a file may have them;
 // packed weights start at a multiple of 64 bytes. Vectors are aligned for their element, no more.
@@ -48,6 +59,16 @@ namespace smolrun {
 // Tokens in a block of the KV cache; also the step in which attention sums.
 inline constexpr int64_t kBlockTokens = 32;
 
+// 32 inputs of one token, rounded to 8 bits: value = scale * code. Codes stand in order, so that
+// four of them meet a quad. A cache line, at a multiple of 64 bytes.
+struct alignas(64) BytePiece {
+    int8_t codes[32];
+    float scales[2];   // of each half
+    int32_t sums[2];   // of the codes of each half
+    float scaled_sum;  // scales[0] * sums[0] + scales[1] * sums[1]
+    float unused[3];
+};
+
 // Inputs of a product, one row per token.
 //
 // Products of float weights read `values`. Products of quantized weights read the same numbers
@@ -55,10 +76,11 @@ inline constexpr int64_t kBlockTokens = 32;
 // multiplied in pairs: weights 4i, 4i+2, 4i+1, 4i+3.
 struct Activations {
     int64_t columns;
-    const float* values;   // [tokens][columns]
-    const int16_t* codes;  // [tokens][columns]
-    const float* scales;   // [tokens][columns/32]
-    const int32_t* sums;   // [tokens][columns/16], sum of the codes of 16 neighbours
+    const float* values;     // [tokens][columns]
+    const int16_t* codes;    // [tokens][columns]
+    const float* scales;     // [tokens][columns/32]
+    const int32_t* sums;     // [tokens][columns/16], sum of the codes of 16 neighbours
+    const BytePiece* bytes;  // [tokens][columns/32], for fast products only
 };
 
 // Attention sums block by block within a segment, and then segment by segment: segments of one
@@ -104,6 +126,8 @@ struct Kernels {
                             int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                             std::byte* scratch);
     Linear linear[kWeightTypes];
+    // The fast product. Null for float types, and where it would be no faster.
+    Linear fast_linear[kWeightTypes];
 
     // x[columns] -> codes[columns] in quad order, scales[columns/32], sums[columns/16].
     // columns is a multiple of 32. scale = max|x| / 32767; code = x * (32767 / max|x|), rounded to
@@ -112,6 +136,9 @@ struct Kernels {
     // gets a NaN scale and codes 0, so that whatever is computed from it is NaN too and is caught
     // at the logits.
     void (*quantize)(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums);
+
+    // x[columns] -> pieces[columns/32], likewise: scale = max|x| / 127 of each 16.
+    void (*quantize_bytes)(const float* x, int64_t columns, BytePiece* pieces);
 
     // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns]. Squares are summed in double: a
     // finite input, however large, does not overflow into zeros.

@@ -77,14 +77,21 @@ void prepare_input(const LinkedInput& input, const StepContext& step, int64_t so
                               scratch.scales + token * (columns / 32),
                               scratch.sums + token * (columns / 16));
     }
+    if (input.quantize_bytes) {
+        step.kernels.quantize_bytes(values, columns, scratch.bytes + token * (columns / 32));
+    }
 }
 
 // Prepared inputs from one token on.
 Activations view(const LinkedInput& input, const InputScratch& scratch, const float* values,
                  int64_t token) {
     const int64_t columns = input.buffer.width;
-    return {columns, values + token * columns, scratch.codes + token * columns,
-            scratch.scales + token * (columns / 32), scratch.sums + token * (columns / 16)};
+    return {columns,
+            values + token * columns,
+            scratch.codes + token * columns,
+            scratch.scales + token * (columns / 32),
+            scratch.sums + token * (columns / 16),
+            scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32)};
 }
 
 // A phase of products over the prepared inputs of `tokens` tokens:
@@ -108,7 +115,7 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
             chunks, [&] { prepare_input(input, step, source_token(0), 0, scratch); }, multiply);
         return;
     }
-    if (input.norm != nullptr || input.quantize) {
+    if (input.norm != nullptr || input.quantize || input.quantize_bytes) {
         const int64_t group = token_chunk(tokens, worker.threads());
         worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
             const int64_t end = std::min(tokens, (chunk + 1) * group);

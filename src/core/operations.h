@@ -47,7 +47,8 @@ struct LinkedInput {
     Buffer buffer;
     const float* norm;  // [width], or null
     float epsilon;
-    bool quantize;  // some weight that reads it is quantized
+    bool quantize;        // some weight that reads it takes codes of 16 bits
+    bool quantize_bytes;  // some weight that reads it takes codes of 8 bits
 };
 
 struct Embed {
@@ -94,10 +95,11 @@ using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu,
 
 // Inputs of a product, prepared: room for some tokens.
 struct InputScratch {
-    float* values;   // [tokens][columns]
-    int16_t* codes;  // [tokens][columns]
-    float* scales;   // [tokens][columns / 32]
-    int32_t* sums;   // [tokens][columns / 16]
+    float* values;     // [tokens][columns]
+    int16_t* codes;    // [tokens][columns]
+    float* scales;     // [tokens][columns / 32]
+    int32_t* sums;     // [tokens][columns / 16]
+    BytePiece* bytes;  // [tokens][columns / 32]; null where no product is fast
 };
 
 // What one thread needs for itself.

@@ -59,6 +59,10 @@ void check_dimensions(const ProgramSpec& spec) {
         !std::all_of(spec.inverse_frequencies.begin(), spec.inverse_frequencies.end(), finite)) {
         throw std::invalid_argument("attention_factor, inverse_frequencies: not finite");
     }
+    if (spec.activations != "exact" && spec.activations != "fast") {
+        throw std::invalid_argument("activations is '" + spec.activations +
+                                    "'; expected 'exact' or 'fast'");
+    }
     for (const auto& [name, width] : spec.buffers) {
         check_range(("buffer '" + name + "'").c_str(), width, 1, kLargestDimension);
     }
@@ -68,11 +72,13 @@ void check_dimensions(const ProgramSpec& spec) {
 size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t columns, std::byte* base,
                      Scratch& scratch, std::map<std::string, Buffer>& buffers) {
     Layout layout(base);
+    const bool fast = spec.activations == "fast";
     const auto input = [&](int64_t tokens) {
         return InputScratch{layout.array<float>(tokens * columns),
                             layout.array<int16_t>(tokens * columns),
                             layout.array<float>(tokens * (columns / 32 + 1)),
-                            layout.array<int32_t>(tokens * (columns / 16 + 1))};
+                            layout.array<int32_t>(tokens * (columns / 16 + 1)),
+                            fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr};
     };
     for (const auto& [name, width] : spec.buffers) {
         buffers[name] = {layout.array<float>(d.max_step_tokens * width), width};
@@ -92,6 +98,12 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
         scratch.threads.push_back(own);
     }
     return layout.bytes();
+}
+
+// Products whose inputs keep 16 bits where activations are fast: rounding them costs most, and they
+// are a small part of the work (docs/decisions.md).
+bool stays_exact(const std::string& kind, const std::string& field) {
+    return kind == "norm_logits" || (kind == "norm_qkv" && field == "v");
 }
 
 // Links one operation after the other, remembering which buffers have been written.
@@ -333,11 +345,14 @@ class Linker {
     LinkedMatrix linked(const std::string& field_name, const std::string& bias_name, int64_t rows,
                         int64_t columns, LinkedInput& read_from) const {
         const Matrix& weights = matrix(field_name, rows, columns);
-        read_from.quantize = read_from.quantize || !is_float(weights.type);
+        const auto type = static_cast<size_t>(weights.type);
+        const bool fast = spec_.activations == "fast" && kernels_.fast_linear[type] != nullptr &&
+                          !stays_exact(operation().kind, field_name);
+        (fast ? read_from.quantize_bytes : read_from.quantize) |= !is_float(weights.type);
         const bool has_bias =
             !bias_name.empty() && !std::holds_alternative<std::monostate>(value(bias_name));
         const float* const bias = has_bias ? vector(text(bias_name), weights.rows) : nullptr;
-        return {weights, kernels_.linear[static_cast<int>(weights.type)], bias};
+        return {weights, fast ? kernels_.fast_linear[type] : kernels_.linear[type], bias};
     }
 
     const ProgramSpec& spec_;

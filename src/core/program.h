@@ -29,6 +29,7 @@ struct ProgramSpec {
     float attention_factor;
     Dimensions dimensions;
     std::string isa;
+    std::string activations = "exact";  // or "fast": 8 bits where that costs little
 };
 
 // std::invalid_argument where a program can not run on so many.

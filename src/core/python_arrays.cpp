@@ -16,6 +16,8 @@ struct ElementType {
 
 constexpr ElementType element_type(Element element) {
     switch (element) {
+        case Element::int8:
+            return {"int8", "b", 1};
         case Element::uint8:
             return {"uint8", "B", 1};
         case Element::uint16:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
+_Int8 = npt.NDArray[np.int8]
 _Int16 = npt.NDArray[np.int16]
 _Int32 = npt.NDArray[np.int32]
 _Halves = npt.NDArray[np.uint16]  # float16, as bits
@@ -99,8 +100,11 @@ class Runner:
         max_step_tokens: int = 256,
         threads: int,
         isa: str,
+        activations: str = "exact",
     ) -> None:
         """Links the listing of a `Program`; inverse_frequencies [head_dim / 2].
+
+        activations: "exact", or "fast": inputs of most products with quantized weights in 8 bits.
 
         ValueError naming the operation and the field, buffer or weight that does not fit;
         MemoryError where the system refuses the cache.
@@ -188,10 +192,12 @@ class kernels:
         row_begin: int,
         row_end: int,
         out: _Floats,
+        fast: bool = False,
     ) -> None:
         """x [tokens, columns] times rows row_begin..row_end of the weight: out [tokens, those].
 
-        row_begin is a multiple of 16; row_end too, or the number of rows.
+        row_begin is a multiple of 16; row_end too, or the number of rows. fast: with inputs of 8
+        bits; ValueError where there is no such product.
         """
 
     @staticmethod
@@ -203,6 +209,14 @@ class kernels:
     @staticmethod
     def quantize(isa: str, x: _Floats, codes: _Int16, scales: _Floats, sums: _Int32) -> None:
         """x [n] rounded to codes [n], scales [n/32], sums [n/16]; n a multiple of 32."""
+
+    @staticmethod
+    def has_fast(isa: str, type: str) -> bool:
+        """Whether there is a product of this type with inputs of 8 bits."""
+
+    @staticmethod
+    def quantize_bytes(isa: str, x: _Floats, codes: _Int8, scales: _Floats, sums: _Int32) -> None:
+        """x [n] rounded to codes [n], scales [n/16], sums [n/16]; n a multiple of 32."""
 
     @staticmethod
     def rms_norm(isa: str, x: _Floats, weight: _Floats, epsilon: float, out: _Floats) -> None:

@@ -419,6 +419,7 @@ def test_defaults_come_from_the_file_then_from_the_family(tmp_path: Path, model:
         ("max_sequences", 257),
         ("max_sequences", 1.5),
         ("dtype", "q4"),
+        ("activations", "int8"),
     ],
 )
 def test_wrong_options(tiny_folder: Path, field: str, value: Any) -> None:

@@ -98,7 +98,8 @@ def test_flags_reach_the_model(model_file: str, monkeypatch: pytest.MonkeyPatch)
     fake = install(monkeypatch, ("", "yes"))
     flags = "-s Short. -n 5 -c 99 -t 3 --temp 0.1 --top-k 4 --top-p 0.5 --min-p 0.05 "
     flags += "--repeat-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --seed 11 "
-    flags += "--stop A --stop B --think --date 2025-07-01 --dtype f32 --logit-bias 7-1.5"
+    flags += "--stop A --stop B --think --date 2025-07-01 --dtype f32 --logit-bias 7-1.5 "
+    flags += "--activations fast"
     assert main(["run", model_file, "hi", *flags.split()]) == 0
     call = fake.calls[0]
     assert call.pop("messages")[0] == {"role": "system", "content": "Short."}
@@ -110,6 +111,7 @@ def test_flags_reach_the_model(model_file: str, monkeypatch: pytest.MonkeyPatch)
     }  # fmt: skip
     options = fake.options
     assert (options["context_size"], options["threads"], options["dtype"]) == (99, 3, "f32")
+    assert options["activations"] == "fast"
 
 
 def test_minus_one_stands_for_the_default(model_file: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,11 @@ def run_weights(isa: str, weight_type: WeightType, guard: Guarded) -> None:
                 out = guard.like(np.zeros((tokens, rows), dtype=np.float32))
                 kernels.linear(isa, name, rows, columns, packed, guard.like(x), 0, rows, out)
                 same(out, weights.linear(isa, x))
+                if kernels.has_fast(isa, name):
+                    kernels.linear(
+                        isa, name, rows, columns, packed, guard.like(x), 0, rows, out, True
+                    )
+                    same(out, weights.linear(isa, x, fast=True))
             guard.free()
 
 
@@ -93,6 +98,9 @@ def run_vectors(isa: str, guard: Guarded) -> None:
             scales = guard.like(np.zeros(columns // 32, dtype=np.float32))
             sums = guard.like(np.zeros(columns // 16, dtype=np.int32))
             kernels.quantize(isa, guard.like(a), codes, scales, sums)
+            small = guard.like(np.zeros(columns, dtype=np.int8))
+            scales = guard.like(np.zeros(columns // 16, dtype=np.float32))
+            kernels.quantize_bytes(isa, guard.like(a), small, scales, sums)
         guard.free()
 
 

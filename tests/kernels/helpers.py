@@ -138,13 +138,30 @@ class Weights:
     def random(cls, weight_type: WeightType, rows: int, columns: int, seed: int = 0) -> Weights:
         return cls(weight_type, columns, random_weights(weight_type, rows, columns, seed))
 
-    def linear(self, isa: str, x: Floats, row_begin: int = 0, row_end: int | None = None) -> Floats:
+    def linear(
+        self,
+        isa: str,
+        x: Floats,
+        row_begin: int = 0,
+        row_end: int | None = None,
+        *,
+        fast: bool = False,
+    ) -> Floats:
         """x [tokens, columns] times the rows: [tokens, rows]."""
         row_end = self.rows if row_end is None else row_end
         # What a kernel forgets to write shows.
         out = np.full((x.shape[0], row_end - row_begin), np.nan, dtype=np.float32)
         kernels.linear(
-            isa, self.type.value, self.rows, self.columns, self.packed, x, row_begin, row_end, out
+            isa,
+            self.type.value,
+            self.rows,
+            self.columns,
+            self.packed,
+            x,
+            row_begin,
+            row_end,
+            out,
+            fast,
         )
         return out
 

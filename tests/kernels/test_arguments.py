@@ -42,6 +42,13 @@ SOUND: dict[str, list[Any]] = {
         floats(2),
         np.zeros(4, np.int32),
     ],
+    "quantize_bytes": [
+        "scalar",
+        floats(64),
+        np.zeros(64, np.int8),
+        floats(4),
+        np.zeros(4, np.int32),
+    ],
     "rms_norm": ["scalar", floats(6), floats(6), 1e-5, floats(6)],
     "rope": ["scalar", floats(2, 8), floats(4), floats(4)],
     "swiglu": ["scalar", floats(6), floats(6), floats(6)],

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smolrun import _core
-from smolrun.engine.native import BLOCK_TOKENS, build_runner
+from smolrun.engine.native import BLOCK_TOKENS, Activations, build_runner
 from smolrun.model.config import ModelConfig
 from smolrun.model.llama import build
 from smolrun.model.program import Program
@@ -119,6 +119,7 @@ class Model:
         *,
         threads: int = 1,
         isa: str | None = None,
+        activations: Activations = "exact",
         kv_blocks: int = 64,
         max_step_tokens: int = 256,
     ) -> _core.Runner:
@@ -128,6 +129,7 @@ class Model:
             kv_blocks=kv_blocks,
             threads=threads,
             isa=isa,
+            activations=activations,
             max_step_tokens=max_step_tokens,
         )
 

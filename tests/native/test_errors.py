@@ -199,6 +199,7 @@ def weight(rows: int, columns: int) -> _core.Weight:
         (put("max_step_tokens", value=0), "max_step_tokens is 0"),
         (put("threads", value=0), "threads is 0"),
         (put("isa", value="mmx"), "this CPU runs scalar.*, not 'mmx'"),
+        (put("activations", value="int8"), "activations is 'int8'; expected 'exact' or 'fast'"),
         (put("operations", value=[]), "no norm_logits"),
     ],
 )

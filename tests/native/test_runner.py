@@ -18,6 +18,7 @@ from tests.native.models import (
     blocks_for,
     ints,
     nmse,
+    random_blocks,
     run_sequence,
     small_config,
     step,
@@ -46,6 +47,42 @@ def test_every_type_agrees_with_the_reference(weight_type: WeightType, isa: str)
     expected = model.reference().forward(tokens[None])[0]
     found = run_sequence(model.runner(isa=isa, threads=2), config, tokens, blocks_for(70), 64)
     assert nmse(found, expected) <= bound(weight_type)
+
+
+@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
+def test_fast_activations_stay_near_the_reference(weight_type: WeightType, isa: str) -> None:
+    config = small_config()
+    model = Model.random(config, [weight_type])
+    tokens = random_tokens(config, 70)
+    expected = model.reference().forward(tokens[None])[0]
+    runner = model.runner(isa=isa, threads=2, activations="fast")
+    # Rounding to 8 bits, a scale for each 16, leaves 2e-5 in each product.
+    assert nmse(run_sequence(runner, config, tokens, blocks_for(70), 64), expected) <= 5e-4
+
+
+def test_which_inputs_fast_activations_round_to_8_bits() -> None:
+    config = small_config(num_hidden_layers=1, no_rope_layers=[1], tie_word_embeddings=False)
+    plain = Model.random(config, [WeightType.F32])
+    tokens = random_tokens(config, 40)
+
+    def changes(name: str) -> bool:
+        """Whether the choice makes a difference where only this weight is quantized."""
+        rows, columns = plain.program.weights[name]
+        data = random_blocks(np.random.default_rng(5), WeightType.Q4_0, rows, columns)
+        weight = _core.Weight("Q4_0", rows, columns, data)
+        model = Model(config, plain.program, {**plain.native, name: weight})
+        exact, fast = (
+            run_sequence(model.runner(activations=kind), config, tokens, blocks_for(40), 40)
+            for kind in ("exact", "fast")
+        )
+        return not np.array_equal(exact, fast)
+
+    matrices = [name for name, shape in plain.program.weights.items() if len(shape) == 2]
+    kept = {"embed_tokens", "v_proj", "lm_head"}
+    assert {name.split(".")[-2]: changes(name) for name in matrices} == {
+        name.split(".")[-2]: name.split(".")[-2] not in kept for name in matrices
+    }
 
 
 @st.composite

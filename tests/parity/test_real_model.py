@@ -149,6 +149,18 @@ def test_logits(case: Case, record_property: Any) -> None:
     # Both are near the noise of float32 itself where the weights are floats.
     assert divergence <= max(their_divergence, 2e-6)
 
+    with Model(case.path, context_size=1024, activations="fast") as model:
+        fast = model.forward(np.array([case.ids]), all_positions=True)[0]
+    if case.name in NMSE_BOUND:
+        assert np.array_equal(fast.view(np.uint32), ours.view(np.uint32))
+        return
+    error, divergence = nmse(fast, reference), mean_divergence(reference, fast)
+    figures = f"{case.name} fast: NMSE {error:.2e}, KL {divergence:.2e}"
+    record_property("figures_fast", figures)
+    print(figures)
+    assert error <= 5e-4
+    assert divergence <= their_divergence / 2
+
 
 def test_greedy_continuation(case: Case) -> None:
     """Each of 64 greedy tokens is the reference's own choice, or one it cannot tell from it."""

@@ -21,6 +21,9 @@ constexpr int kTileVectors = 2;
 constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 2;
 constexpr int kFewTokens = 2;
+constexpr int kByteTileTokens = 4;
+// Pairs of products with codes of 8 bits do not fit 16.
+constexpr int kByteProductBits = 6;
 constexpr int kFloatTileTokens = 3;
 constexpr int kTileRowsOfAttention = 2;
 constexpr int kAttentionTotals = 8;
@@ -139,6 +142,11 @@ SMOLRUN_INLINE Words broadcast_pair(const int16_t* from) {
     __builtin_memcpy(&pair, from, sizeof pair);
     return _mm256_set1_epi32(pair);
 }
+SMOLRUN_INLINE Words broadcast_quad(const int8_t* from) {
+    int32_t quad;
+    __builtin_memcpy(&quad, from, sizeof quad);
+    return _mm256_set1_epi32(quad);
+}
 // total + the two products of 16-bit codes in each lane.
 SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     total = _mm256_add_epi32(total, _mm256_madd_epi16(codes, pair));
@@ -146,6 +154,21 @@ SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     // registers.
     __asm__("" : "+x"(total));
     return total;
+}
+template <int bits>
+SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, const Words& d,
+                            const int8_t* codes) {
+    static_assert(bits <= kByteProductBits);
+    const Words ones = _mm256_set1_epi16(1);
+    const Words first = _mm256_add_epi16(_mm256_maddubs_epi16(a, broadcast_quad(codes)),
+                                         _mm256_maddubs_epi16(b, broadcast_quad(codes + 4)));
+    const Words second = _mm256_add_epi16(_mm256_maddubs_epi16(c, broadcast_quad(codes + 8)),
+                                          _mm256_maddubs_epi16(d, broadcast_quad(codes + 12)));
+    if constexpr (bits <= 5) {  // 8 * 31 * 127 = 31496
+        return _mm256_madd_epi16(_mm256_add_epi16(first, second), ones);
+    } else {  // 4 * 63 * 127 = 32004
+        return _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
+    }
 }
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm256_and_si256(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm256_or_si256(a, b); }
@@ -197,6 +220,10 @@ SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
     const __m128i low = _mm_shufflelo_epi16(narrow, _MM_SHUFFLE(3, 1, 2, 0));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(half, half));
 }
 SMOLRUN_INLINE __m128i fold_sum(Words x) {
     return _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

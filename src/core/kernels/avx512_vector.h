@@ -31,6 +31,10 @@ constexpr int kTileTokens = 6;
 // do without a copy of unpacked codes.
 constexpr int kDirectTokens = 4;
 constexpr int kFewTokens = 8;
+// Tiles of a fast product: 2 x 4 float totals beside the 2 x 8 words of codes of a piece. And the
+// most bits of weights' codes for which it is faster.
+constexpr int kByteTileTokens = 4;
+constexpr int kByteProductBits = 8;
 // Tiles of a product of float weights: 4 rows x tokens.
 constexpr int kFloatTileTokens = 6;
 // Tiles of attention: rows that share a load of K or V, and totals in registers.
@@ -138,9 +142,24 @@ SMOLRUN_INLINE Words broadcast_pair(const int16_t* from) {
     __builtin_memcpy(&pair, from, sizeof pair);
     return _mm512_set1_epi32(pair);
 }
+SMOLRUN_INLINE Words broadcast_quad(const int8_t* from) {
+    int32_t quad;
+    __builtin_memcpy(&quad, from, sizeof quad);
+    return _mm512_set1_epi32(quad);
+}
 // total + the two products of 16-bit codes in each lane.
 SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     return _mm512_dpwssd_epi32(total, codes, pair);
+}
+// Sums of 16 products in each lane: four words of unsigned bytes, each below 2^bits, times 16 codes
+// from -127 to 127, which are the same for all lanes.
+template <int bits>
+SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, const Words& d,
+                            const int8_t* codes) {
+    Words total = _mm512_dpbusd_epi32(zero_words(), a, broadcast_quad(codes));
+    total = _mm512_dpbusd_epi32(total, b, broadcast_quad(codes + 4));
+    total = _mm512_dpbusd_epi32(total, c, broadcast_quad(codes + 8));
+    return _mm512_dpbusd_epi32(total, d, broadcast_quad(codes + 12));
 }
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm512_or_si512(a, b); }
@@ -191,6 +210,9 @@ SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
     const __m256i low = _mm256_shufflelo_epi16(narrow, _MM_SHUFFLE(3, 1, 2, 0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
 }
 SMOLRUN_INLINE __m128i fold_sum(Words x) {
     const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));

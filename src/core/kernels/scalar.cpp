@@ -13,28 +13,36 @@
 namespace smolrun {
 namespace {
 
-// Codes are rounded in the current rounding mode, which is to nearest even.
-constexpr float kMaxCode = 32767.0f;
+// What some numbers are rounded with: code = x * inverse, value = code * scale.
+struct Rounding {
+    float scale, inverse;
+};
+Rounding rounding(const float* x, int64_t count, float max_code) {
+    uint32_t largest = 0;  // magnitudes as bits: NaN is above infinity, which is above the rest
+    for (int64_t i = 0; i < count; ++i) {
+        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    }
+    if (largest >= 0x7f800000u) return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+    const float scale = std::bit_cast<float>(largest) / max_code;
+    if (scale < FLT_MIN) return {0.0f, 0.0f};
+    return {scale, max_code / std::bit_cast<float>(largest)};
+}
+
+// In the current rounding mode, which is to nearest even. 0 times infinity or NaN is NaN.
+template <class Code>
+Code rounded(float x, const Rounding& with) {
+    return with.inverse == 0 ? Code{0} : static_cast<Code>(std::nearbyint(x * with.inverse));
+}
 
 // Rounds 32 numbers to codes; returns their scale.
 float quantize_piece(const float* x, int16_t* codes) {
-    uint32_t largest = 0;  // magnitudes as bits: NaN is above infinity, which is above the rest
-    for (int64_t i = 0; i < kPieceWeights; ++i) {
-        largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
-    }
-    std::fill_n(codes, kPieceWeights, int16_t{0});
-    if (largest >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
-    const float scale = std::bit_cast<float>(largest) / kMaxCode;
-    if (scale < FLT_MIN) return 0.0f;
-    const float inverse = kMaxCode / std::bit_cast<float>(largest);
+    const Rounding with = rounding(x, kPieceWeights, 32767.0f);
     for (int64_t quad = 0; quad < kPieceWeights; quad += 4) {
         const float* from = x + quad;
         const float ordered[4] = {from[0], from[2], from[1], from[3]};
-        for (int j = 0; j < 4; ++j) {
-            codes[quad + j] = static_cast<int16_t>(std::nearbyint(ordered[j] * inverse));
-        }
+        for (int j = 0; j < 4; ++j) codes[quad + j] = rounded<int16_t>(ordered[j], with);
     }
-    return scale;
+    return with.scale;
 }
 
 void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
@@ -46,6 +54,24 @@ void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, in
             for (int i = 0; i < 16; ++i) sum += piece_codes[16 * half + i];
             sums[2 * piece + half] = sum;
         }
+    }
+}
+
+void quantize_bytes(const float* x, int64_t columns, BytePiece* pieces) {
+    for (BytePiece* piece = pieces; piece < pieces + columns / kPieceWeights; ++piece) {
+        for (int half = 0; half < 2; ++half, x += 16) {
+            const Rounding with = rounding(x, 16, 127.0f);
+            int32_t sum = 0;
+            for (int i = 0; i < 16; ++i) {
+                const int8_t code = rounded<int8_t>(x[i], with);
+                piece->codes[16 * half + i] = code;
+                sum += code;
+            }
+            piece->scales[half] = with.scale;
+            piece->sums[half] = sum;
+        }
+        piece->scaled_sum = piece->scales[0] * static_cast<float>(piece->sums[0]) +
+                            piece->scales[1] * static_cast<float>(piece->sums[1]);
     }
 }
 
@@ -197,7 +223,11 @@ const Kernels kScalarKernels = {
 #define X(name, weights, bytes) scalar::linear(WeightType::name),
     .linear = {SMOLRUN_WEIGHT_TYPES(X)},
 #undef X
+#define X(name, weights, bytes) scalar::fast_linear(WeightType::name),
+    .fast_linear = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
     .quantize = quantize,
+    .quantize_bytes = quantize_bytes,
     .rms_norm = rms_norm,
     .rope = rope,
     .swiglu = swiglu,

@@ -6,6 +6,7 @@
 namespace smolrun::scalar {
 
 Kernels::Linear linear(WeightType type);
+Kernels::Linear fast_linear(WeightType type);
 Kernels::Dequantize dequantize(WeightType type);
 
 }  // namespace smolrun::scalar

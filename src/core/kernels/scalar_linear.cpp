@@ -164,7 +164,44 @@ void multiply(const Piece& piece, const int16_t* codes, const int32_t* sums, flo
     }
 }
 
+// The same with inputs of 8 bits.
 template <WeightType type>
+void multiply_bytes(const Piece& piece, const BytePiece& input, float (&totals)[kRows]) {
+    constexpr PackedLayout at = packed_layout(type);
+    constexpr bool sub_blocks = at.sub_block == 16;
+    float first[kRows];  // what the first half has left for the second to add
+    for (int half = 0; half < 2; ++half) {
+        int32_t dots[kRows] = {};
+        for (int i = 16 * half; i < 16 * (half + 1); ++i) {
+            for (int row = 0; row < kRows; ++row) {
+                dots[row] += int32_t{piece.codes[quad_position(i)][row]} * int32_t{input.codes[i]};
+            }
+        }
+        const float scale = input.scales[half];
+        for (int row = 0; row < kRows; ++row) {
+            const float dot = static_cast<float>(dots[row]);
+            if constexpr (sub_blocks) {
+                totals[row] = std::fma(piece.scales[half][row] * scale, dot, totals[row]);
+            } else if (half == 0) {
+                first[row] = scale * dot;
+            } else {
+                const float both = std::fma(scale, dot, first[row]);
+                totals[row] = std::fma(piece.scales[0][row], both, totals[row]);
+            }
+        }
+    }
+    if constexpr (at.minimum >= 0) {
+        for (int part = 0; part < (sub_blocks ? 2 : 1); ++part) {
+            const float sum = sub_blocks ? input.scales[part] * static_cast<float>(input.sums[part])
+                                         : input.scaled_sum;
+            for (int row = 0; row < kRows; ++row) {
+                totals[row] = std::fma(piece.minimums[part][row], sum, totals[row]);
+            }
+        }
+    }
+}
+
+template <WeightType type, bool fast>
 void quantized_linear(const Matrix& weights, const Activations& input, int64_t tokens,
                       int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                       std::byte*) {
@@ -180,6 +217,10 @@ void quantized_linear(const Matrix& weights, const Activations& input, int64_t t
                 unpack<type>(weights.data + row / kRows * group_bytes, p, piece);
                 for (int64_t t = 0; t < tile; ++t) {
                     const int64_t token = first + t;
+                    if constexpr (fast) {
+                        multiply_bytes<type>(piece, input.bytes[token * pieces + p], totals[t]);
+                        continue;
+                    }
                     multiply<type>(piece, input.codes + token * columns + p * kPieceWeights,
                                    input.sums + token * (columns / 16) + 2 * p,
                                    input.scales[token * pieces + p], totals[t]);
@@ -265,12 +306,28 @@ void float_linear(const Matrix& weights, const Activations& input, int64_t token
 
 Kernels::Linear linear(WeightType type) {
     switch (type) {
-#define X(name, weights, bytes)                        \
-    case WeightType::name:                             \
-        if constexpr (is_float(WeightType::name)) {    \
-            return float_linear<WeightType::name>;     \
-        } else {                                       \
-            return quantized_linear<WeightType::name>; \
+#define X(name, weights, bytes)                               \
+    case WeightType::name:                                    \
+        if constexpr (is_float(WeightType::name)) {           \
+            return float_linear<WeightType::name>;            \
+        } else {                                              \
+            return quantized_linear<WeightType::name, false>; \
+        }
+        SMOLRUN_WEIGHT_TYPES(X)
+#undef X
+        default:
+            return nullptr;
+    }
+}
+
+Kernels::Linear fast_linear(WeightType type) {
+    switch (type) {
+#define X(name, weights, bytes)                              \
+    case WeightType::name:                                   \
+        if constexpr (is_float(WeightType::name)) {          \
+            return nullptr;                                  \
+        } else {                                             \
+            return quantized_linear<WeightType::name, true>; \
         }
         SMOLRUN_WEIGHT_TYPES(X)
 #undef X

@@ -59,22 +59,39 @@ constexpr int8_t kUnsignedValues[16] = {
     unsigned_value(8),  unsigned_value(9),  unsigned_value(10), unsigned_value(11),
     unsigned_value(12), unsigned_value(13), unsigned_value(14), unsigned_value(15)};
 
-// A quad of a piece; the planes are those of the piece, from the first row of the lanes on.
+// A quad of a piece as unsigned bytes; the planes are those of the piece, from the first row of the
+// lanes on.
 template <WeightType type, int quad>
-SMOLRUN_INLINE Pairs read_codes(const std::byte* low, const std::byte* high) {
+SMOLRUN_INLINE Words read_quad(const std::byte* low, const std::byte* high) {
     constexpr PackedLayout at = Format<type>::at;
     using Low = Place<at.low_bits, quad>;
     const Words words = load_words(low + Low::word);
-    if constexpr (at.high_bits != 0) {
-        using High = Place<at.high_bits, quad>;
+    if constexpr (at.low_bits == 8) {
+        return words;
+    } else {
         const Words lower = read_bytes<at.low_bits, Low::bit, 0>(words);
-        const Words upper =
-            read_bytes<at.high_bits, High::bit, at.low_bits>(load_words(high + High::word));
-        return widen_bytes(bit_or(lower, upper));
-    } else if constexpr (at.lookup) {
-        return widen_bytes(look_up(kUnsignedValues, read_bytes<at.low_bits, Low::bit, 0>(words)));
+        if constexpr (at.high_bits != 0) {
+            using High = Place<at.high_bits, quad>;
+            const Words from = load_words(high + High::word);
+            return bit_or(lower, read_bytes<at.high_bits, High::bit, at.low_bits>(from));
+        } else if constexpr (at.lookup) {
+            return look_up(kUnsignedValues, lower);
+        } else {
+            return lower;
+        }
+    }
+}
+
+// The same as pairs.
+template <WeightType type, int quad>
+SMOLRUN_INLINE Pairs read_codes(const std::byte* low, const std::byte* high) {
+    constexpr PackedLayout at = Format<type>::at;
+    if constexpr (at.high_bits != 0 || at.lookup) {
+        return widen_bytes(read_quad<type, quad>(low, high));
     } else {
         // One plane: straight to pairs, where the topmost bits need no mask.
+        using Low = Place<at.low_bits, quad>;
+        const Words words = load_words(low + Low::word);
         const Words mask = broadcast_word(((1 << at.low_bits) - 1) * 0x00010001);
         const Words even = bit_and(shift_right<Low::bit>(words), mask);
         if constexpr (Low::bit + at.low_bits == 8) {
@@ -85,13 +102,24 @@ SMOLRUN_INLINE Pairs read_codes(const std::byte* low, const std::byte* high) {
     }
 }
 
+// The planes of a piece, from row `lane` of the group on: 32 weights of `bits` bits take 4*bits
+// bytes a row.
+template <WeightType type>
+SMOLRUN_INLINE const std::byte* low_plane(const std::byte* block, int piece, int lane) {
+    constexpr PackedLayout at = Format<type>::at;
+    return block + at.low + piece * at.low_bits * kWordBytes + 4 * lane;
+}
+template <WeightType type>
+SMOLRUN_INLINE const std::byte* high_plane(const std::byte* block, int piece, int lane) {
+    constexpr PackedLayout at = Format<type>::at;
+    return block + at.high + piece * at.high_bits * kWordBytes + 4 * lane;
+}
+
 // Calls work.operator()<quad>(codes) for the quads of a piece. `lane`: the first row in the group.
 template <WeightType type, int quad = 0, class Work>
 SMOLRUN_INLINE void each_quad(const std::byte* block, int piece, int lane, Work& work) {
-    constexpr PackedLayout at = Format<type>::at;
-    // 32 weights of `bits` bits take 4*bits bytes a row.
-    const std::byte* low = block + at.low + piece * at.low_bits * kWordBytes + 4 * lane;
-    const std::byte* high = block + at.high + piece * at.high_bits * kWordBytes + 4 * lane;
+    const std::byte* low = low_plane<type>(block, piece, lane);
+    const std::byte* high = high_plane<type>(block, piece, lane);
     work.template operator()<quad>(read_codes<type, quad>(low, high));
     if constexpr (quad + 1 < kPieceQuads) each_quad<type, quad + 1>(block, piece, lane, work);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/simd_attention.h"
+#include "kernels/simd_bytes.h"
 #include "kernels/simd_floats.h"
 #include "kernels/simd_quantized.h"
 #include "kernels/simd_vectors.h"
@@ -15,6 +16,15 @@ constexpr Kernels::Linear linear() {
         return multiply_floats<type>;
     } else {
         return multiply_quantized<type>;
+    }
+}
+
+template <WeightType type>
+constexpr Kernels::Linear fast_linear() {
+    if constexpr (!is_float(type) && bits_of_code<type> <= kByteProductBits) {
+        return multiply_bytes<type>;
+    } else {
+        return nullptr;
     }
 }
 
@@ -33,7 +43,11 @@ consteval Kernels table(const char* name) {
 #define X(type, weights, bytes) linear<WeightType::type>(),
         .linear = {SMOLRUN_WEIGHT_TYPES(X)},
 #undef X
+#define X(type, weights, bytes) fast_linear<WeightType::type>(),
+        .fast_linear = {SMOLRUN_WEIGHT_TYPES(X)},
+#undef X
         .quantize = quantize,
+        .quantize_bytes = quantize_bytes,
         .rms_norm = rms_norm,
         .rope = rope,
         .swiglu = swiglu,

@@ -7,40 +7,69 @@
 namespace smolrun {
 namespace {
 
+// What 16 or 32 numbers are rounded with.
+struct Rounding {
+    float scale, inverse;
+};
+SMOLRUN_INLINE Rounding rounding(Words magnitudes, float max_code) {
+    constexpr float smallest_normal = 0x1p-126f;
+    const int32_t largest_bits = max_lane(magnitudes);
+    float largest;
+    __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+    if (largest_bits >= 0x7f800000) return {__builtin_nanf(""), 0};
+    const float scale = largest / max_code;
+    if (scale < smallest_normal) return {0, 0};
+    return {scale, max_code / largest};
+}
+// As bits: NaN is above infinity, which is above the rest.
+SMOLRUN_INLINE Words magnitude(Floats x) { return bit_and(bits_of(x), broadcast_word(0x7fffffff)); }
+SMOLRUN_INLINE Words rounded(Floats x, const Rounding& with) {
+    // 0 times infinity or NaN is NaN, which would round to a code.
+    if (with.inverse == 0) return zero_words();
+    return round_to_words(mul(x, broadcast(with.inverse)));
+}
+
 void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
     constexpr int vectors = 32 / kLanes;
-    constexpr float max_code = 32767.0f;
-    constexpr float smallest_normal = 0x1p-126f;
     for (int64_t piece = 0; piece < columns / 32; ++piece, x += 32, codes += 32, sums += 2) {
-        Floats values[vectors];
-        Words magnitudes = zero_words();  // as bits: NaN is above infinity, which is above the rest
+        Words magnitudes = zero_words();
         for (int v = 0; v < vectors; ++v) {
-            values[v] = load(x + v * kLanes);
-            magnitudes = max(magnitudes, bit_and(bits_of(values[v]), broadcast_word(0x7fffffff)));
+            magnitudes = max(magnitudes, magnitude(load(x + v * kLanes)));
         }
-        const int32_t largest_bits = max_lane(magnitudes);
-        float largest;
-        __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-        float scale = largest / max_code;
-        float inverse = max_code / largest;
-        if (largest_bits >= 0x7f800000) {
-            scale = __builtin_nanf("");
-            inverse = 0;
-        } else if (scale < smallest_normal) {
-            scale = inverse = 0;
-        }
-        scales[piece] = scale;
+        const Rounding with = rounding(magnitudes, 32767.0f);
+        scales[piece] = with.scale;
         Words totals[2] = {zero_words(), zero_words()};
         for (int v = 0; v < vectors; ++v) {
-            // 0 times infinity or NaN is NaN, which would round to a code.
-            const Words rounded =
-                inverse == 0 ? zero_words() : round_to_words(mul(values[v], broadcast(inverse)));
-            store_codes(codes + v * kLanes, rounded);
+            const Words some = rounded(load(x + v * kLanes), with);
+            store_codes(codes + v * kLanes, some);
             Words& total = totals[v * kLanes / 16];
-            total = add(total, rounded);
+            total = add(total, some);
         }
         sums[0] = sum_lanes(totals[0]);
         sums[1] = sum_lanes(totals[1]);
+    }
+}
+
+void quantize_bytes(const float* x, int64_t columns, BytePiece* pieces) {
+    constexpr int vectors = 16 / kLanes;
+    for (BytePiece* piece = pieces; piece < pieces + columns / 32; ++piece) {
+        for (int half = 0; half < 2; ++half, x += 16) {
+            Words magnitudes = zero_words();
+            for (int v = 0; v < vectors; ++v) {
+                magnitudes = max(magnitudes, magnitude(load(x + v * kLanes)));
+            }
+            const Rounding with = rounding(magnitudes, 127.0f);
+            Words total = zero_words();
+            for (int v = 0; v < vectors; ++v) {
+                const Words some = rounded(load(x + v * kLanes), with);
+                store_bytes(piece->codes + 16 * half + v * kLanes, some);
+                total = add(total, some);
+            }
+            piece->scales[half] = with.scale;
+            piece->sums[half] = sum_lanes(total);
+        }
+        piece->scaled_sum = piece->scales[0] * static_cast<float>(piece->sums[0]) +
+                            piece->scales[1] * static_cast<float>(piece->sums[1]);
     }
 }
 

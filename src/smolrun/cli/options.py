@@ -107,6 +107,10 @@ def add_engine(parser: Parser) -> None:
         "--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
         help="what unquantized weights are held in; default: as stored",
     )  # fmt: skip
+    parser.flag(
+        "--activations", choices=("exact", "fast"), default="exact",
+        help="inputs of quantized weights in 16 bits, or mostly in 8: sooner, less faithful",
+    )  # fmt: skip
 
 
 def add_sampling(parser: Parser) -> None:

@@ -108,6 +108,7 @@ def load(name: str, arguments: argparse.Namespace, console: Console) -> Model:
         dtype=arguments.dtype,
         context_size=arguments.context_size,
         threads=arguments.threads,
+        activations=arguments.activations,
         load_progress=lambda done, total: console.working(f"loading {path.name}", done, total),
     )
     console.clear_progress()

@@ -18,7 +18,7 @@ from smolrun.engine.machine import (
     memory_available,
     plan_kv_blocks,
 )
-from smolrun.engine.native import build_runner
+from smolrun.engine.native import Activations, build_runner
 from smolrun.engine.sampling import SamplingParameters, sampling_parameters
 from smolrun.errors import ModelFormatError, RequestError, ResourceError
 from smolrun.files.checkpoint import Checkpoint, Dtype, open_checkpoint
@@ -78,16 +78,15 @@ def load_model(
     context_size: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
+    activations: Activations = "exact",
     max_sequences: int = MAX_SEQUENCES,
     download_progress: Callable[[str, int, int | None], None] | None = None,
     load_progress: Callable[[int, int], None] | None = None,
     offline: bool | None = None,
 ) -> LoadedModel:
     """Open a model and start its engine; arguments and errors as of `Model`."""
-    if dtype not in get_args(Dtype):
-        raise RequestError(
-            f"dtype: expected one of {', '.join(get_args(Dtype))}, got {dtype!r:.80}"
-        )
+    _check_choice("dtype", dtype, get_args(Dtype))
+    _check_choice("activations", activations, get_args(Activations))
     from smolrun.files.names import resolve
     from smolrun.text.chat import ChatTemplate
     from smolrun.text.tokenizer import Tokenizer
@@ -104,7 +103,7 @@ def load_model(
             checkpoint.drop_vocabulary()
             _trim_heap()  # before the weights come in
         weights = native_weights(checkpoint, plan.program, plan.threads.value, load_progress)
-        engine = _started(plan, weights, isa, max_sequences, str(checkpoint.path))
+        engine = _started(plan, weights, isa, activations, max_sequences, str(checkpoint.path))
         eos = {*checkpoint.config.eos_token_ids, *_generation_eos(checkpoint)}
         return LoadedModel(
             name=checkpoint.name,
@@ -131,9 +130,11 @@ def load_config(
     context_size: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
+    activations: Activations = "exact",
     max_sequences: int = MAX_SEQUENCES,
 ) -> LoadedModel:
     """Start an engine on weights that lie in memory; there is no tokenizer."""
+    _check_choice("activations", activations, get_args(Activations))
     plan = _planned(config, tensors, context_size, threads, max_sequences, in_memory=True)
     plan.program.check(tensors)
     weights = native_weights_from_memory(tensors, plan.program, plan.threads.value)
@@ -142,7 +143,7 @@ def load_config(
         path=None,
         config=plan.config,
         program=plan.program,
-        engine=_started(plan, weights, isa, max_sequences, config.model_type),
+        engine=_started(plan, weights, isa, activations, max_sequences, config.model_type),
         tokenizer=None,
         template=None,
         sampling=_default_sampling(config, {}, config.model_type),
@@ -204,8 +205,18 @@ def _planned(
     return _Plan(config, build(config), kv, choose_threads(threads=threads), notes)
 
 
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.80}")
+
+
 def _started(
-    plan: _Plan, weights: NativeWeights, isa: str | None, max_sequences: int, identity: str
+    plan: _Plan,
+    weights: NativeWeights,
+    isa: str | None,
+    activations: Activations,
+    max_sequences: int,
+    identity: str,
 ) -> Engine:
     runner = build_runner(
         plan.program,
@@ -213,6 +224,7 @@ def _started(
         kv_blocks=plan.kv.blocks,
         threads=plan.threads.value,
         isa=isa,
+        activations=activations,
         max_step_tokens=MAX_STEP_TOKENS,
     )
     return Engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from smolrun import _core
 from smolrun.errors import ResourceError
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from smolrun.model.program import Program
 
 BLOCK_TOKENS = 32  # tokens in a block of the KV cache
+
+# What the inputs of products with quantized weights are rounded to: 16 bits everywhere, or 8 bits
+# but for the products where that costs most (docs/decisions.md).
+Activations = Literal["exact", "fast"]
 
 
 def resolve_isa(isa: str | None = None, environ: Mapping[str, str] | None = None) -> str:
@@ -42,6 +46,7 @@ def build_runner(
     kv_blocks: int,
     threads: int,
     isa: str | None = None,
+    activations: Activations = "exact",
     max_step_tokens: int = 256,
 ) -> _core.Runner:
     """A runner for `program`, with a KV cache of `kv_blocks` blocks of 32 tokens.
@@ -68,6 +73,7 @@ def build_runner(
             max_step_tokens=max_step_tokens,
             threads=threads,
             isa=resolve_isa(isa),
+            activations=activations,
         )
     except MemoryError as error:
         if isinstance(error, ResourceError):
