@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from peers import PEERS, Peer
+from peers import PEERS, Peer, SmolrunPeer
 
 
 def ratios(
@@ -47,7 +47,7 @@ def row(label: str, work: int, pairs: list[tuple[float, float]], peer: str) -> s
 
 def compare(path: Path, options: argparse.Namespace, context: int) -> None:
     """The rows of one model."""
-    ours: Peer = PEERS["smolrun"](path, options.threads, context)
+    ours: Peer = SmolrunPeer(path, options.threads, context, options.activations)
     theirs: Peer = PEERS[options.peer](path, options.threads, context)
     prompt = [(37 * i) % 4000 + 20 for i in range(options.prompt)]
     work: list[tuple[str, int, Callable[[Peer], float]]] = []
@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--peer", choices=[name for name in PEERS if name != "smolrun"], default="llama.cpp"
     )
+    parser.add_argument("--activations", choices=("exact", "fast"), default="exact")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=64, help="tokens decoded")

@@ -6,7 +6,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -28,11 +28,19 @@ class Peer(Protocol):
 class SmolrunPeer:
     """smolrun through its public API."""
 
-    def __init__(self, path: Path, threads: int, context_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        context_size: int,
+        activations: Literal["exact", "fast"] = "exact",
+    ) -> None:
         from smolrun import Model
 
         self.name = "smolrun"
-        self._model = Model(path, threads=threads, context_size=context_size)
+        self._model = Model(
+            path, threads=threads, context_size=context_size, activations=activations
+        )
 
     def prefill(self, tokens: Sequence[int]) -> float:
         self._model.clear_kv_cache()
