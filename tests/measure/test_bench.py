@@ -158,6 +158,16 @@ def test_a_check_that_memory_does_not_hold_is_left_out(
     assert "the reference reading takes" in found.notes[0]
 
 
+def test_the_choice_of_activations_is_passed_on_and_said(folder: Path) -> None:
+    plan = Plan((8,), (0,), (0,), (), repetitions=1)
+    found = measure_model(folder, plan, FixedMeter(), activations="fast")
+    assert found.notes == ["activations: fast"]
+    assert found.stamp is not None
+    assert found.stamp.correct
+    with pytest.raises(SmolrunError, match="activations"):
+        first_answer(ChildOptions(str(folder), 1, "scalar", "auto", "int8"))
+
+
 def test_zero_leaves_a_measurement_out(folder: Path) -> None:
     plan = Plan((0,), (0,), (0,), (), repetitions=1, start=False, check=False)
     assert measure_model(folder, plan, FixedMeter()).rows == []

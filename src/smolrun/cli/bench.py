@@ -48,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
                 help="default: see smolrun doctor")  # fmt: skip
     parser.flag("--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
                 help="what unquantized weights are held in; default: as stored")  # fmt: skip
+    options.add_activations(parser)
     parser.flag("--quick", action="store_true", help="fewer tokens and repetitions")
     parser.flag("--profile", action="store_true",
                 help="where the time of a step goes, by operation")  # fmt: skip
@@ -98,7 +99,14 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     meter.measure(samples=5)
     models = []
     for path in paths:
-        found = measure_model(path, plan, meter, dtype=arguments.dtype, progress=console.progress)
+        found = measure_model(
+            path,
+            plan,
+            meter,
+            dtype=arguments.dtype,
+            activations=arguments.activations,
+            progress=console.progress,
+        )
         models.append(found)
         if arguments.trace is not None:
             arguments.trace.write_text(json.dumps(found.trace))

@@ -107,9 +107,15 @@ def add_engine(parser: Parser) -> None:
         "--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
         help="what unquantized weights are held in; default: as stored",
     )  # fmt: skip
+    add_activations(parser)
+
+
+def add_activations(parser: Parser) -> None:
+    """How inputs of products are rounded."""
     parser.flag(
         "--activations", choices=("exact", "fast"), default="exact",
-        help="inputs of quantized weights in 16 bits, or mostly in 8: sooner, less faithful",
+        help="inputs of quantized weights in 16 bits, or mostly in 8: sooner, less faithful; "
+        "default: exact",
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from smolrun.measure.work import StepShape, Work, WorkCounter, chunks
 
 if TYPE_CHECKING:
     from smolrun.engine.load import LoadedModel
+    from smolrun.engine.native import Activations
     from smolrun.files.checkpoint import Checkpoint, Dtype
 
 Progress = Callable[[str], None]
@@ -156,6 +157,7 @@ def measure_model(
     meter: CeilingMeter,
     *,
     dtype: Dtype = "auto",
+    activations: Activations = "exact",
     progress: Progress = lambda text: None,
 ) -> ModelReport:
     """Measure the model at `path` with the threads and instruction set of `meter`.
@@ -171,9 +173,11 @@ def measure_model(
     checkpoint = open_checkpoint(path, dtype)
     try:
         report = _described(name, checkpoint)
+        if activations != "exact":
+            report.notes.append(f"activations: {activations}")
         if plan.start:
             progress(f"{name}: first token")
-            options = ChildOptions(str(path), meter.threads, meter.isa, dtype)
+            options = ChildOptions(str(path), meter.threads, meter.isa, dtype, activations)
             _measure_start(report, options, plan)
         context = _context(plan, checkpoint.config.max_position_embeddings)
         progress(f"{name}: loading")
@@ -183,6 +187,7 @@ def measure_model(
             context_size=context,
             threads=meter.threads,
             isa=meter.isa,
+            activations=activations,
             max_sequences=max(1, *plan.sequences) if plan.sequences else 1,
         )
         try:

@@ -27,6 +27,7 @@ class ChildOptions:
     threads: int
     isa: str
     dtype: str
+    activations: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ def main(options: dict[str, Any]) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    with Model(
-        options["path"], threads=options["threads"], isa=options["isa"], dtype=options["dtype"]
-    ) as model:
+    with Model(options.pop("path"), **options) as model:
         sampling: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
         said = False
         if model.loaded.template is None:
