@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from smolrun import Model
 from smolrun.errors import ResourceError, SmolrunError
 from smolrun.measure.bench import BATCH_STEPS, ModelReport, Plan, measure_model
-from smolrun.measure.child import ChildOptions, first_answer
+from smolrun.measure.child import ChildOptions, first_answer, timed
 from smolrun.measure.report import Report, rich_console
 from smolrun.measure.sequences import Sequences
 from smolrun.measure.stamp import prompt_tokens
@@ -190,6 +191,11 @@ def test_the_time_of_a_process(folder: Path) -> None:
     found = first_answer(ChildOptions(str(folder), 1, "scalar", "auto"))
     assert found.first_token_seconds > 0
     assert found.peak_bytes > 10_000_000, "an interpreter with NumPy"
+
+
+def test_lines_that_arrive_together_are_both_read() -> None:
+    both = "print('first\\n{\"peak_bytes\": 5}', flush=True)"
+    assert timed([sys.executable, "-c", both]).peak_bytes == 5
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:

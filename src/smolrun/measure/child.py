@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,15 +41,25 @@ class FirstAnswer:
 
 def first_answer(options: ChildOptions) -> FirstAnswer:
     """Start a process that answers a short question. SmolrunError where it fails."""
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(options))]
-    begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - begin
-        rest, errors = process.communicate()
+    return timed([sys.executable, "-m", __name__, json.dumps(asdict(options))])
+
+
+def timed(command: list[str]) -> FirstAnswer:
+    """Run a command that prints a line with its first token, then what `main` ends with.
+
+    SmolrunError where it fails.
+    """
+    with tempfile.TemporaryFile() as errors:
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            seconds = time.perf_counter() - begin
+            # Not `communicate`: it reads past what `readline` has already buffered.
+            rest = process.stdout.read()
+        errors.seek(0)
+        last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
     if process.returncode or not line:
-        last = errors.decode(errors="replace").strip().splitlines()[-1:]
         raise SmolrunError(f"the process that was to answer failed: {' '.join(last)}")
     return FirstAnswer(seconds, int(json.loads(rest)["peak_bytes"]))
 
