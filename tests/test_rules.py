@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "smolrun"
 CORE = REPOSITORY / "src" / "core"
 
-# What each room may import, beside itself. `api` is api.py; "" is the package's __init__.
+# What each room may import, beside itself; "" is the package's __init__.
 MAY_IMPORT = {
     "": {"api", "errors"},
     "cli": {"api", "engine", "model", "text", "files", "quant", "errors", "measure"},

@@ -1,0 +1,34 @@
+"""What a user imports."""
+
+from smolrun.api.model import DEFAULT_MODEL, Messages, Model
+from smolrun.api.stream import SamplingArguments, Stream
+from smolrun.engine.answer import (
+    EndEvent,
+    Event,
+    ProgressEvent,
+    ReasoningEvent,
+    Result,
+    TextEvent,
+    TokenLogprob,
+    Usage,
+)
+from smolrun.engine.sequence import Timings
+from smolrun.model.config import ModelConfig
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "EndEvent",
+    "Event",
+    "Messages",
+    "Model",
+    "ModelConfig",
+    "ProgressEvent",
+    "ReasoningEvent",
+    "Result",
+    "SamplingArguments",
+    "Stream",
+    "TextEvent",
+    "Timings",
+    "TokenLogprob",
+    "Usage",
+]
