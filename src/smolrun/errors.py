@@ -5,6 +5,7 @@ SmolrunError
 │   └── UnsupportedError               a sound file asks for something smolrun does not run
 ├── ModelNotFoundError (LookupError)   no file, folder, alias or repository answers to a name
 ├── DownloadError (OSError)            a model was found but could not be fetched whole
+├── OutputError (OSError)              a file that was asked for could not be written
 ├── TemplateError (ValueError)         a chat template is broken, hostile, or refuses the messages
 ├── RequestError (ValueError)          an argument of one request; other requests go on
 │   └── ContextLengthError             prompt and answer do not fit the context
@@ -35,6 +36,10 @@ class ModelNotFoundError(SmolrunError, LookupError):
 
 class DownloadError(SmolrunError, OSError):
     """A model was found but could not be fetched whole."""
+
+
+class OutputError(SmolrunError, OSError):
+    """A file that was asked for could not be written; what stood in its place is unchanged."""
 
 
 class TemplateError(SmolrunError, ValueError):

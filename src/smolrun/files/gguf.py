@@ -40,8 +40,9 @@ _MIN_TENSOR_ENTRY_BYTES = 33
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9
-_SCALARS: dict[int, tuple[str, np.dtype[np.generic]]] = {
+STRING_ID, ARRAY_ID = 8, 9
+# Value type id: (name, how it is stored)
+SCALARS: dict[int, tuple[str, np.dtype[np.generic]]] = {
     0: ("u8", np.dtype("<u1")),
     1: ("i8", np.dtype("<i1")),
     2: ("u16", np.dtype("<u2")),
@@ -176,18 +177,18 @@ class _Parser:
     def value(self, key: str, type_id: int) -> tuple[str, object]:
         """The type's name and the value."""
         field = f"metadata {shown(key)}"
-        if type_id == _STRING:
+        if type_id == STRING_ID:
             return "string", self.string(field, MAX_STRING_BYTES)
-        if type_id == _ARRAY:
+        if type_id == ARRAY_ID:
             name, values = self.array(field)
             return f"{name}[]", values
         name, values = self.scalars(field, type_id, 1)
         return name, values[0]
 
     def scalars(self, field: str, type_id: int, count: int) -> tuple[str, list[object]]:
-        if type_id not in _SCALARS:
+        if type_id not in SCALARS:
             self.fail(field, f"unknown value type {type_id}")
-        name, dtype = _SCALARS[type_id]
+        name, dtype = SCALARS[type_id]
         start = self.need(count * dtype.itemsize, field)
         values: list[object] = np.frombuffer(self.buffer, dtype, count, start).tolist()
         if name == "bool":
@@ -199,14 +200,14 @@ class _Parser:
 
     def array(self, field: str) -> tuple[str, Sequence[object]]:
         type_id = self.u32(f"element type of {field}")
-        if type_id == _ARRAY:
+        if type_id == ARRAY_ID:
             self.fail(field, "an array of arrays, which no model uses")
-        if type_id != _STRING and type_id not in _SCALARS:
+        if type_id != STRING_ID and type_id not in SCALARS:
             self.fail(field, f"unknown element type {type_id}")
-        least = 8 if type_id == _STRING else _SCALARS[type_id][1].itemsize
+        least = 8 if type_id == STRING_ID else SCALARS[type_id][1].itemsize
         count = self.u64(f"length of {field}")
         self.check_count(f"length of {field}", count, MAX_ARRAY_ELEMENTS, least)
-        if type_id == _STRING:
+        if type_id == STRING_ID:
             return "string", self.strings(field, count)
         return self.scalars(field, type_id, count)
 
@@ -316,7 +317,7 @@ class _Parser:
                 self.fail(f"tensor {shown(entry.name)}", "the name stands twice")
             entries[entry.name] = entry
 
-        data_start = _padded(self.position, alignment)
+        data_start = padded(self.position, alignment)
         expected_offset = 0
         for entry in entries.values():
             field = f"tensor {shown(entry.name)}"
@@ -340,7 +341,7 @@ class _Parser:
                 data=self.bytes[start : start + entry.nbytes],
                 origin=f"{self.opened.path.name}: {entry.name}",
             )
-            expected_offset = _padded(entry.offset + entry.nbytes, alignment)
+            expected_offset = padded(entry.offset + entry.nbytes, alignment)
         end = data_start + expected_offset
         if entries and self.size > end:
             self.fail("end of file", f"{self.size - end} bytes after the last tensor")
@@ -393,5 +394,6 @@ def _decoded(data: npt.NDArray[np.uint8], starts: list[int], end: int) -> list[s
     return values[1:] if len(values) == len(starts) + 1 else None
 
 
-def _padded(size: int, alignment: int) -> int:
+def padded(size: int, alignment: int) -> int:
+    """The next multiple of `alignment` from `size` on."""
     return -(-size // alignment) * alignment
