@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from smolrun.engine.native import Activations
 from smolrun.measure.work import StepShape, Work, WorkCounter, arithmetic_of, chunks, total
 from smolrun.model.llama import build
 from smolrun.model.presets import preset
@@ -20,9 +21,9 @@ LAYERS_3B = 36 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 2048 * 11008)
 HEAD_3B = 128256 * 2048
 
 
-def counter(name: str, weight_type: WeightType) -> WorkCounter:
+def counter(name: str, weight_type: WeightType, activations: Activations = "exact") -> WorkCounter:
     program = build(preset(name))
-    return WorkCounter(program, dict.fromkeys(matrices(program), weight_type))
+    return WorkCounter(program, dict.fromkeys(matrices(program), weight_type), activations)
 
 
 def matrices(program: Program) -> list[str]:
@@ -51,7 +52,7 @@ def test_a_context_adds_its_keys_and_values() -> None:
     assert work.weight_bytes == (LAYERS_3B + HEAD_3B) * 144 // 256 + 2048 * 144 // 256
     assert work.kv_bytes == (4097 + 1) * 36 * 2 * 4 * 128 * 2
     assert round((work.kv_bytes - count.step(StepShape()).kv_bytes) / 1e6) == 302
-    assert work.operations["int8"] == 2 * (LAYERS_3B + HEAD_3B)
+    assert work.operations["int16"] == 2 * (LAYERS_3B + HEAD_3B)
     assert work.operations["f32"] == 36 * 4 * 16 * 128 * 4097
 
 
@@ -80,13 +81,25 @@ def test_types_may_be_mixed() -> None:
     types["model.embed_tokens.weight"] = WeightType.F32
     work = WorkCounter(program, types).step(StepShape())
     assert work.weight_bytes == LAYERS_135M * 18 // 32 + 4 * HEAD_135M + 4 * 576
-    assert work.operations == {"int8": 2 * LAYERS_135M, "f32": 2 * HEAD_135M + 30 * 4 * 576}
+    assert work.operations == {"int16": 2 * LAYERS_135M, "f32": 2 * HEAD_135M + 30 * 4 * 576}
 
 
 def test_the_arithmetic_of_a_type() -> None:
-    assert arithmetic_of(WeightType.BF16) == "bf16"
-    assert arithmetic_of(WeightType.F16) == arithmetic_of(WeightType.F32) == "f32"
-    assert arithmetic_of(WeightType.Q4_K) == arithmetic_of(WeightType.IQ4_NL) == "int8"
+    for bits in (8, 16):
+        assert arithmetic_of(WeightType.BF16, bits) == "bf16"
+        assert arithmetic_of(WeightType.F16, bits) == arithmetic_of(WeightType.F32, bits) == "f32"
+    assert arithmetic_of(WeightType.Q4_K, 8) == arithmetic_of(WeightType.IQ4_NL, 8) == "int8"
+    assert arithmetic_of(WeightType.Q4_K, 16) == arithmetic_of(WeightType.Q8_0, 16) == "int16"
+
+
+def test_fast_activations_leave_the_head_and_v_as_they_are() -> None:
+    work = counter("SmolLM2-135M", WeightType.Q8_0, "fast").step(StepShape())
+    v = 30 * 192 * 576
+    assert work.operations == {
+        "int8": 2 * (LAYERS_135M - v), "int16": 2 * (HEAD_135M + v), "f32": 30 * 4 * 576,
+    }  # fmt: skip
+    exact = counter("SmolLM2-135M", WeightType.Q8_0).step(StepShape())
+    assert exact.operations == {"int16": 2 * (LAYERS_135M + HEAD_135M), "f32": 30 * 4 * 576}
 
 
 def test_chunks_cover_the_prompt() -> None:

@@ -191,7 +191,9 @@ def measure_model(
             max_sequences=max(1, *plan.sequences) if plan.sequences else 1,
         )
         try:
-            _measure_loaded(report, loaded, checkpoint, plan, meter, progress)
+            types = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
+            counter = WorkCounter(loaded.program, types, activations)
+            _measure_loaded(report, loaded, checkpoint, counter, plan, meter, progress)
         finally:
             loaded.engine.close()
     finally:
@@ -236,12 +238,11 @@ def _measure_loaded(
     report: ModelReport,
     loaded: LoadedModel,
     checkpoint: Checkpoint,
+    counter: WorkCounter,
     plan: Plan,
     meter: CeilingMeter,
     progress: Progress,
 ) -> None:
-    types = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
-    counter = WorkCounter(loaded.program, types)
     measurements = _prefills(report, loaded, plan, counter)
     measurements += _decodes(report, loaded, plan, counter)
     measurements += _batches(report, loaded, plan, counter)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from smolrun.model.program import (
     Attention,
@@ -22,6 +23,9 @@ from smolrun.model.program import (
     Program,
 )
 from smolrun.quant.types import WeightType
+
+if TYPE_CHECKING:
+    from smolrun.engine.native import Activations
 
 KV_BYTES = 2  # of a number in the KV cache, float16
 
@@ -48,7 +52,7 @@ class Work:
 
     weight_bytes: int = 0
     kv_bytes: int = 0  # read and written
-    # By the fastest arithmetic that the weights allow: "f32", "bf16", or "int8" (quantized).
+    # By the fastest arithmetic that weights and activations allow: see `arithmetic_of`.
     operations: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -74,11 +78,15 @@ def total(parts: Iterable[Work]) -> Work:
     return sum(parts, Work())
 
 
-def arithmetic_of(weight_type: WeightType) -> str:
-    """The fastest arithmetic that a product with such a weight could use."""
+def arithmetic_of(weight_type: WeightType, activation_bits: int) -> str:
+    """The fastest arithmetic that a product could use: "f32", "bf16", "int16" or "int8".
+
+    `activation_bits`, 8 or 16, are those of the inputs of quantized weights. Inputs of 16 bits take
+    one product of 16 bits or two of 8, which is the same rate.
+    """
     if weight_type is WeightType.BF16:
         return "bf16"
-    return "f32" if weight_type.is_float else "int8"
+    return "f32" if weight_type.is_float else f"int{activation_bits}"
 
 
 class WorkCounter:
@@ -87,11 +95,18 @@ class WorkCounter:
     Args:
         program: the model's listing.
         types: weight type of every matrix, by its canonical name.
+        activations: as of `load_model`.
     """
 
-    def __init__(self, program: Program, types: Mapping[str, WeightType]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        types: Mapping[str, WeightType],
+        activations: Activations = "exact",
+    ) -> None:
         self._program = program
         self._types = types
+        self._bits = 8 if activations == "fast" else 16
 
     def step(self, shape: StepShape) -> Work:
         """The work of a whole step."""
@@ -110,28 +125,29 @@ class WorkCounter:
             columns = self._program.weights[operation.weight][1]
             return Work(rows * self._types[operation.weight].row_bytes(columns))
         if isinstance(operation, NormQKV):
-            products = self._products((operation.q, operation.k, operation.v), rows)
+            products = self._products((operation.q, operation.k), rows, self._bits)
+            products += self._products((operation.v,), rows, 16)  # V and head stay exact
             return products + Work(kv_bytes=rows * kv_row_bytes)
         if isinstance(operation, Attention):
             read = shape.sequences * (shape.start + shape.tokens) * kv_row_bytes
             width = config.num_attention_heads * config.head_dim
             return Work(kv_bytes=read, operations={"f32": 4 * width * shape.attended})
         if isinstance(operation, LinearAdd):
-            return self._products((operation.weight,), rows)
+            return self._products((operation.weight,), rows, self._bits)
         if isinstance(operation, NormSwiGLU):
-            return self._products((operation.gate, operation.up), rows)
+            return self._products((operation.gate, operation.up), rows, self._bits)
         if isinstance(operation, NormLogits):
             if not shape.logits:
                 return Work()
-            return self._products((operation.weight,), shape.sequences)
+            return self._products((operation.weight,), shape.sequences, 16)
         raise ValueError(f"no count for operation {operation.kind}")
 
-    def _products(self, weights: Iterable[str], tokens: int) -> Work:
+    def _products(self, weights: Iterable[str], tokens: int, bits: int) -> Work:
         parts = []
         for name in weights:
             out, columns = self._program.weights[name]
             weight_type = self._types[name]
-            operations = {arithmetic_of(weight_type): 2 * out * columns * tokens}
+            operations = {arithmetic_of(weight_type, bits): 2 * out * columns * tokens}
             parts.append(Work(out * weight_type.row_bytes(columns), operations=operations))
         return total(parts)
 
