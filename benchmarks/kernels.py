@@ -1,11 +1,13 @@
 """Speed of the kernels, one thread, beside what the machine can do at most.
 
     python benchmarks/kernels.py [--isa avx512] [--types Q8_0,Q4_K] [--shapes 135M] [--tokens 1,32]
+                                 [--activations fast]
 
 One token: GB/s of weights read, from 192 MB that no cache holds; the ceiling is a plain streaming
 read. Many tokens: GOP/s, a multiplication and an addition being two; the ceiling is the peak of the
-instruction that multiplies: pairs of 16-bit integers for quantized weights, float FMA for the rest.
-Inputs are quantized inside the time, as they are in a model.
+instruction that multiplies: pairs of 16-bit integers for quantized weights, quads of 8-bit ones
+with fast activations, float FMA for the rest. Inputs are quantized inside the time, as they are in
+a model.
 
 The machine may be noisy: each figure is the best of several runs; ceilings are measured before
 every table, and the best so far counts.
@@ -80,7 +82,7 @@ class Layers:
         self.packed.reshape(self.count, -1)[:] = one
         self.next = 0
 
-    def seconds(self, isa: str, tokens: int, at_least: float) -> float:
+    def seconds(self, isa: str, tokens: int, fast: bool, at_least: float) -> float:
         """Of one product with `tokens` inputs."""
         # Enough layers in a call that what Python adds does not count.
         together = max(1, min(self.count, (8 << 20) // self.bytes if tokens < 8 else 1))
@@ -101,6 +103,7 @@ class Layers:
                 begin,
                 begin + self.rows * together,
                 out,
+                fast=fast,
             )
 
         return seconds_of(run, at_least) / together
@@ -111,12 +114,19 @@ def share(value: float, ceiling: float) -> str:
 
 
 def linear_line(
-    isa: str, layers: Layers, tokens: list[int], ceilings: dict[str, float], at_least: float
+    isa: str,
+    layers: Layers,
+    tokens: list[int],
+    fast: bool,
+    ceilings: dict[str, float],
+    at_least: float,
 ) -> str:
     line = f"{layers.type:8}"
-    peak = ceilings["f32" if WeightType(layers.type).is_float else "int16"]
+    fast = fast and _core.kernels.has_fast(isa, layers.type)
+    quantized = "int8" if fast else "int16"
+    peak = ceilings["f32" if WeightType(layers.type).is_float else quantized]
     for n in tokens:
-        seconds = layers.seconds(isa, n, at_least)
+        seconds = layers.seconds(isa, n, fast, at_least)
         read = layers.bytes / seconds / 1e9
         if n == 1:
             line += f"{read:8.1f} GB/s{share(read, ceilings['read'])}"
@@ -157,6 +167,12 @@ def main() -> None:
     parser.add_argument("--types", help="weight types, with commas between (default: all)")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="135M, 3B")
     parser.add_argument("--tokens", default="1,8,32,128", help="tokens in a call")
+    parser.add_argument(
+        "--activations",
+        choices=("exact", "fast"),
+        default="exact",
+        help="fast: products with inputs of 8 bits, where a type has them",
+    )
     parser.add_argument("--seconds", type=float, default=0.3, help="to spend on each figure")
     arguments = parser.parse_args()
     isas = [arguments.isa] if arguments.isa else [isa for isa in _core.isas() if isa != "scalar"]
@@ -172,7 +188,8 @@ def main() -> None:
         print(f"\n{shape}, {isa}: {rows} rows of {columns}; at most {ceilings[isa]}\n{heading}")
         for weight_type in types:
             layers = Layers(weight_type, rows, columns)
-            print(linear_line(isa, layers, tokens, limits, arguments.seconds), flush=True)
+            fast = arguments.activations == "fast"
+            print(linear_line(isa, layers, tokens, fast, limits, arguments.seconds), flush=True)
         print(attention_line(isa, shape, limits, arguments.seconds), flush=True)
 
 
