@@ -44,7 +44,7 @@ class Ceilings:
 
     def measure(self) -> None:
         """Keeps the best of what was found before and now."""
-        for kind, rates in _core.ceilings(self.isa, 1, samples=15).items():
+        for kind, rates in _core.ceilings(self.isa, 1, samples=60).items():
             self.values[kind] = max(*rates, self.values.get(kind, 0.0) * 1e9) / 1e9
 
     def __str__(self) -> str:

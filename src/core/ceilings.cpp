@@ -1,5 +1,6 @@
 #include "ceilings.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -16,8 +17,9 @@ namespace {
 // The team hands chunks out as it does in a step: a core that a neighbour slows gets fewer.
 constexpr int64_t kChunksPerThread = 16;
 constexpr int64_t kReadChunk = 1 << 20;
-// Long enough that starting the team does not count, short enough to be repeated.
-constexpr double kSampleSeconds = 0.02;
+// Long enough that starting the team does not count; short enough that on a busy machine some
+// samples have the cores to themselves, as some operations of a model have.
+constexpr double kSampleSeconds = 0.003;
 constexpr int64_t kMostReadBytes = int64_t{1} << 36;
 
 const Probes& probes_of(std::string_view isa) {
@@ -71,12 +73,17 @@ std::vector<Ceiling> measure_ceilings(std::string_view isa, int threads, int sam
         std::memset(memory.data() + chunk * kReadChunk, 1, kReadChunk);
     });
 
-    const auto read = [&](int64_t passes) {
-        return seconds_of(team, read_chunks * passes, [&](int64_t chunk) {
-            probes.read(memory.data() + chunk % read_chunks * kReadChunk, kReadChunk);
+    int64_t next_read = 0;  // goes on where the last one ended: what was read lately is in a cache
+    const auto read = [&](int64_t chunks) {
+        const double seconds = seconds_of(team, chunks, [&](int64_t chunk) {
+            probes.read(memory.data() + (next_read + chunk) % read_chunks * kReadChunk, kReadChunk);
         });
+        next_read = (next_read + chunks) % read_chunks;
+        return seconds;
     };
-    const int64_t passes = 1 + static_cast<int64_t>(kSampleSeconds / read(1));
+    const int64_t sample_chunks =
+        std::max(static_cast<int64_t>(threads),
+                 static_cast<int64_t>(kSampleSeconds / read(read_chunks) * read_chunks));
 
     struct Source {
         const char* name;
@@ -93,8 +100,8 @@ std::vector<Ceiling> measure_ceilings(std::string_view isa, int threads, int sam
         ceilings.push_back({source.name, {}});
     }
     for (int sample = 0; sample < samples; ++sample) {
-        ceilings[0].rates.push_back(static_cast<double>(read_chunks * passes * kReadChunk) /
-                                    read(passes));
+        ceilings[0].rates.push_back(static_cast<double>(sample_chunks * kReadChunk) /
+                                    read(sample_chunks));
         for (size_t i = 0; i < sources.size(); ++i) {
             const Source& source = sources[i];
             const double taken =

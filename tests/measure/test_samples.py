@@ -12,10 +12,10 @@ def test_median_and_spread() -> None:
     assert Samples.of([7.0]).median == Samples.of([7.0]).high == 7.0
 
 
-def test_high_leaves_a_tenth_out() -> None:
+def test_high_leaves_a_hundredth_out() -> None:
     assert Samples.of([1.0, 2.0, 3.0]).high == 3.0
-    assert Samples.of(float(i) for i in range(10)).high == 8.0
-    assert Samples.of(float(i) for i in range(39, -1, -1)).high == 35.0
+    assert Samples.of(float(i) for i in range(100)).high == 98.0
+    assert Samples.of(float(i) for i in range(399, -1, -1)).high == 395.0
 
 
 def test_rates_turn_the_order_round() -> None:

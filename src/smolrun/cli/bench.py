@@ -96,7 +96,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     threads = arguments.threads or machine.threads
     console.progress("ceilings of this machine")
     meter = CeilingMeter(resolve_isa(), threads)
-    meter.measure(samples=5)
+    meter.measure(samples=40)
     models = []
     for path in paths:
         found = measure_model(
@@ -110,7 +110,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         models.append(found)
         if arguments.trace is not None:
             arguments.trace.write_text(json.dumps(found.trace))
-    meter.measure(samples=5)
+    meter.measure(samples=40)
     report = Report(__version__, machine.cpu_name, meter.ceilings, load, models)
     console.clear_progress()
     if arguments.json:

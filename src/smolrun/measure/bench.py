@@ -249,7 +249,7 @@ def _measure_loaded(
     # Round after round, so that what a neighbour does for a while touches all of them alike.
     seconds: list[list[float]] = [[] for _ in measurements]
     for turn in range(plan.repetitions + 1):
-        meter.measure(samples=2)
+        meter.measure(samples=20)
         for measurement, values in zip(measurements, seconds, strict=True):
             progress(f"{report.name}: {measurement.name}, {turn} of {plan.repetitions}")
             taken = measurement.run()

@@ -21,8 +21,8 @@ NAMES = {
 class Ceilings:
     """Rates that loops reach which do nothing else, on as many threads as the model gets.
 
-    Neighbours slow a probe down, so the ceiling is near the best sample: the one that only a tenth
-    of the samples exceed, as clocks of virtual machines jump now and then.
+    Neighbours slow a probe down, so samples are short and many, and the ceiling is close to the
+    best: what only a hundredth exceed, as clocks of virtual machines jump now and then.
     """
 
     isa: str
@@ -74,7 +74,7 @@ class CeilingMeter:
         self._rates: dict[str, list[float]] = {}
 
     def measure(self, samples: int) -> None:
-        """Run the probes: about half a second."""
+        """Run the probes: 15 ms for a sample of each."""
         from smolrun.engine.machine import measured_ceilings
 
         for name, rates in measured_ceilings(self.isa, self.threads, samples).items():

@@ -39,9 +39,9 @@ class Samples:
 
     @property
     def high(self) -> float:
-        """The value that at most a tenth of the values exceed."""
+        """The value that at most a hundredth of the values exceed."""
         ordered = sorted(self.values)
-        return ordered[len(ordered) - 1 - len(ordered) // 10]
+        return ordered[len(ordered) - 1 - len(ordered) // 100]
 
     def rate(self, amount: float) -> Samples:
         """Amount per second, where these are seconds."""
