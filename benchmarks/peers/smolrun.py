@@ -19,7 +19,7 @@ class SmolrunPeer:
         self._model = Model(
             path,
             threads=settings.threads,
-            context_size=settings.context_size,
+            context_size=max(settings.context_size, settings.shared_size),
             max_sequences=settings.sequences,
             activations=settings.activations,
         )
