@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from smolrun.api import (
+        ChoiceScore,
         EndEvent,
         Model,
         ModelConfig,
+        Perplexity,
         ProgressEvent,
         ReasoningEvent,
         Result,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ChoiceScore",
     "ContextLengthError",
     "DownloadError",
     "EndEvent",
@@ -49,6 +52,7 @@ __all__ = [
     "ModelNotFoundError",
     "NonFiniteError",
     "OutputError",
+    "Perplexity",
     "ProgressEvent",
     "ReasoningEvent",
     "RequestError",

@@ -16,9 +16,10 @@ from smolrun import Model
 from smolrun.errors import ResourceError, SmolrunError
 from smolrun.measure.bench import BATCH_STEPS, ModelReport, Plan, measure_model
 from smolrun.measure.child import ChildOptions, first_answer, timed
-from smolrun.measure.report import Report, rich_console
+from smolrun.measure.report import Report
 from smolrun.measure.sequences import Sequences
 from smolrun.measure.stamp import prompt_tokens
+from smolrun.measure.tables import rich_console
 from tests.api.tiny import make_folder
 from tests.measure.support import FixedMeter, ceilings
 

@@ -12,16 +12,19 @@ from smolrun.engine.answer import (
     TokenLogprob,
     Usage,
 )
+from smolrun.engine.likelihood import ChoiceScore, Perplexity
 from smolrun.engine.sequence import Timings
 from smolrun.model.config import ModelConfig
 
 __all__ = [
     "DEFAULT_MODEL",
+    "ChoiceScore",
     "EndEvent",
     "Event",
     "Messages",
     "Model",
     "ModelConfig",
+    "Perplexity",
     "ProgressEvent",
     "ReasoningEvent",
     "Result",

@@ -9,9 +9,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from smolrun.api.stream import SamplingArguments, Stream
 from smolrun.engine.answer import Answer, Result
 from smolrun.engine.forward import Forward
+from smolrun.engine.likelihood import (
+    WINDOW_TOKENS,
+    ChoiceScore,
+    Perplexity,
+    perplexity,
+    score_choices,
+    text_windows,
+)
 from smolrun.engine.load import MAX_SEQUENCES, LoadedModel, load_config, load_model
 from smolrun.engine.sampling import SamplingParameters, sampling_parameters
 from smolrun.errors import RequestError, TemplateError
@@ -22,7 +32,6 @@ from smolrun.quant.types import WeightType
 if TYPE_CHECKING:
     import datetime
 
-    import numpy as np
     import numpy.typing as npt
     from typing_extensions import Unpack
 
@@ -346,6 +355,75 @@ class Model:
         """The same as `generate` of one prompt, piece by piece."""
         return self._submit(self._prompt_ids(prompt), sampling, chat=False)
 
+    # --- how likely texts are
+
+    def perplexity(
+        self,
+        text: str | Sequence[int],
+        *,
+        context: int = WINDOW_TOKENS,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Perplexity:
+        """How surprised the model is by a text: exp of the mean negative log-probability.
+
+        The text is cut into windows as llama.cpp's `perplexity` cuts it, so figures compare.
+
+        Args:
+            text: plain text, or token ids; at least a window long.
+            context: tokens of a window.
+            stride: None: windows follow each other, and the second half of each counts. A number:
+                windows begin that far apart, and the last `stride` tokens of each count.
+            progress: called with the windows done, and those in all.
+
+        Raises:
+            RequestError: the text is too short, or sizes make no sense.
+            ContextLengthError: a window is longer than the model's context.
+        """
+        tokens = np.array(self._prompt_ids(text, parse_special=False), np.int32)
+        windows = text_windows(len(tokens), context, stride)
+        return perplexity(Forward(self.loaded.engine), tokens, windows, self.window_bos, progress)
+
+    def score(
+        self, prompt: str | Sequence[int], choices: Sequence[str] | Sequence[Sequence[int]]
+    ) -> list[ChoiceScore]:
+        """How likely each of `choices` is to follow `prompt`. What they share is computed once.
+
+        A choice is what is left of the tokens of prompt and choice together when as many are taken
+        off as the prompt has, so a word that goes on across the seam counts as one.
+
+        Args:
+            prompt: text, or token ids; at least one token.
+            choices: texts, or lists of token ids where the prompt is one; none is empty.
+
+        Raises:
+            RequestError: prompt or a choice is empty or of another kind.
+            ContextLengthError: prompt and choice do not fit the context.
+        """
+        sequences = []
+        before = self._prompt_ids(prompt)
+        for number, choice in enumerate(choices):
+            if isinstance(prompt, str) != isinstance(choice, str):
+                raise RequestError(f"choices[{number}]: text or token ids, as the prompt is")
+            whole = (
+                self._prompt_ids(prompt + choice)
+                if isinstance(prompt, str) and isinstance(choice, str)
+                else before + self._prompt_ids(choice)
+            )
+            if not before or len(whole) <= len(before):
+                empty = f"choices[{number}]" if before else "prompt"
+                raise RequestError(f"{empty}: expected at least one token, it is empty")
+            sequences.append((np.array(whole, np.int32), len(before)))
+        if not sequences:
+            raise RequestError("choices: expected at least one, there is none")
+        return score_choices(Forward(self.loaded.engine), sequences)
+
+    @property
+    def window_bos(self) -> int | None:
+        """The token that a window of `perplexity` begins with, where the model wants one."""
+        tokenizer = self.loaded.tokenizer
+        return tokenizer.bos_token_id if tokenizer and tokenizer.add_bos_token else None
+
     def close(self) -> None:
         """Stop the model after its current step; answers under way end in an error."""
         self._finalizer()
@@ -356,9 +434,9 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prompt_ids(self, prompt: Any) -> list[int]:
+    def _prompt_ids(self, prompt: Any, *, parse_special: bool = True) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, parse_special=parse_special)
         try:
             if not _is_list(prompt):
                 raise TypeError

@@ -44,11 +44,7 @@ def add_arguments(parser: Parser) -> None:
                 help="sequences that decode together; 0: none (default 1,4,8,16,32)")  # fmt: skip
     parser.flag("-r", "--repetitions", type=options.positive, metavar="N", default=5,
                 help="times that each is measured (default 5)")  # fmt: skip
-    parser.flag("-t", "--threads", type=options.positive, metavar="N",
-                help="default: see smolrun doctor")  # fmt: skip
-    parser.flag("--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
-                help="what unquantized weights are held in; default: as stored")  # fmt: skip
-    options.add_activations(parser)
+    options.add_reading(parser)
     parser.flag("--quick", action="store_true", help="fewer tokens and repetitions")
     parser.flag("--profile", action="store_true",
                 help="where the time of a step goes, by operation")  # fmt: skip
@@ -58,10 +54,7 @@ def add_arguments(parser: Parser) -> None:
                         help="leave the reference reading out")  # fmt: skip
     parser.flag("--no-start", dest="start", action="store_false",
                         help="leave the time to the first token out")  # fmt: skip
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    form.add_argument("--markdown", action="store_true",
-                      help="print Markdown, as where stdout is no terminal")  # fmt: skip
+    options.add_form(parser)
     options.add_output(parser)
 
 
@@ -71,7 +64,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.engine.native import resolve_isa
     from smolrun.measure.bench import Plan, measure_model
     from smolrun.measure.ceilings import CeilingMeter
-    from smolrun.measure.report import Report, load_average, rich_console
+    from smolrun.measure.report import Report, load_average
+    from smolrun.measure.tables import rich_console
 
     names = ([arguments.model] if arguments.model else []) + arguments.models
     names = names or [options.model_and_words(arguments)[0]]

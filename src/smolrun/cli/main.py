@@ -25,6 +25,8 @@ VERBS = {
     "render": "the exact text that a model is given for a prompt",
     "doctor": "what this machine offers, and what smolrun makes of it",
     "bench": "how fast models run here, beside what the machine can do",
+    "perplexity": "how well a model predicts a text",
+    "compare": "how far other files of a model are from one of them",
     "pull": "download models",
     "list": "models on this machine",
     "rm": "delete downloaded models",
@@ -87,7 +89,7 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         if arguments[1:] and arguments[0] == "help":
             return _run([arguments[1], "--help"])
-        verbs = "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
+        verbs = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
         print(_HELP.format(verbs=verbs), end="")
         return 0
     verb = SYNONYMS.get(arguments[0], arguments[0])

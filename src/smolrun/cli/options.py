@@ -102,12 +102,7 @@ def add_engine(parser: Parser) -> None:
         "-c", "--ctx-size", "--context", dest="context_size", type=positive, metavar="N",
         help="most tokens of prompt and answer; default: what model and memory allow, up to 32768",
     )  # fmt: skip
-    parser.flag("-t", "--threads", type=positive, metavar="N", help="default: see smolrun doctor")
-    parser.flag(
-        "--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
-        help="what unquantized weights are held in; default: as stored",
-    )  # fmt: skip
-    add_activations(parser)
+    add_reading(parser)
 
 
 def add_activations(parser: Parser) -> None:
@@ -117,6 +112,37 @@ def add_activations(parser: Parser) -> None:
         help="inputs of quantized weights in 16 bits, or mostly in 8: sooner, less faithful; "
         "default: exact",
     )  # fmt: skip
+
+
+def add_text(parser: Parser) -> None:
+    """What quality is measured on."""
+    parser.flag("--text", type=Path, metavar="FILE",
+                help="UTF-8 text to read; default: 3200 words of English")  # fmt: skip
+    parser.flag("--window", type=positive, metavar="N", default=512,
+                help="tokens read from an empty cache at a time (default 512)")  # fmt: skip
+
+
+def add_reading(parser: Parser) -> None:
+    """How weights are held and multiplied, for verbs that measure."""
+    parser.flag("-t", "--threads", type=positive, metavar="N", help="default: see smolrun doctor")
+    parser.flag(
+        "--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
+        help="what unquantized weights are held in; default: as stored",
+    )  # fmt: skip
+    add_activations(parser)
+
+
+def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Model` that `add_reading` stands for."""
+    return {name: getattr(arguments, name) for name in ("threads", "dtype", "activations")}
+
+
+def add_form(parser: Parser) -> None:
+    """How tables are printed."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    form.add_argument("--markdown", action="store_true",
+                      help="print Markdown, as where stdout is no terminal")  # fmt: skip
 
 
 def add_sampling(parser: Parser) -> None:

@@ -36,7 +36,7 @@ class Forward:
         self, input_ids: npt.ArrayLike, start_pos: int = 0, all_positions: bool = False
     ) -> npt.NDArray[np.float32]:
         """See `Model.forward`."""
-        tokens = self._checked_ids(input_ids)
+        tokens = self.checked_ids(input_ids)
         batch, count = tokens.shape
         try:
             start_pos = operator.index(start_pos)
@@ -61,7 +61,8 @@ class Forward:
         with self._lock:
             self._engine.call(self._release)
 
-    def _checked_ids(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    def checked_ids(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Token ids (batch, n). RequestError where they are something else."""
         try:
             ids = np.asarray(input_ids)
         except (ValueError, OverflowError) as error:  # rows of different lengths, for one

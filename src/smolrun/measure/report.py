@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from smolrun.measure.bench import ModelReport, Row
 from smolrun.measure.ceilings import NAMES, Ceilings
 from smolrun.measure.profile import ProfileTable
 from smolrun.measure.samples import Samples
+from smolrun.measure.tables import Table, markdown, print_parts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 BUSY = 0.5  # load average before the run from which on others are in the way
 FORMAT_VERSION = 1  # of the JSON; raised when a field changes its meaning
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title and rows of text, the first of them the header."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass
@@ -56,30 +48,11 @@ class Report:
 
     def as_markdown(self) -> str:
         """Tables and notes."""
-        lines = [self.headline()]
-        for part in self._parts():
-            if isinstance(part, Table):
-                lines += ["", *_markdown(part), ""]
-            else:
-                lines.append(f"- {_escaped(part)}")
-        return "\n".join(lines).rstrip() + "\n"
+        return self.headline() + "\n" + markdown(self._parts())
 
     def print_tables(self, console: Console) -> None:
         """The same with rich."""
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        console.print(Text(self.headline()))
-        for part in self._parts():
-            if not isinstance(part, Table):
-                console.print(Text(part))
-                continue
-            table = RichTable(title=Text(part.title, "bold"), title_justify="left")
-            for number, name in enumerate(part.header):
-                table.add_column(Text(name), justify="right" if number else "left")
-            for row in part.rows:
-                table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
+        print_parts([self.headline(), *self._parts()], console)
 
     def headline(self) -> str:
         """What was measured with."""
@@ -110,13 +83,6 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
         return None
-
-
-def rich_console(out: TextIO) -> Console:
-    """Where tables are printed; model names are never taken for markup."""
-    from rich.console import Console
-
-    return Console(file=out, markup=False, highlight=False, emoji=False)
 
 
 def _ceilings_table(ceilings: Ceilings) -> Table:
@@ -194,15 +160,3 @@ def _profile_table(profile: ProfileTable, ceilings: Ceilings) -> Table:
             )
         )
     return Table(title, header, rows)
-
-
-def _markdown(table: Table) -> list[str]:
-    lines = [f"**{_escaped(table.title)}**", ""]
-    lines.append("| " + " | ".join(table.header) + " |")
-    lines.append("|---" + "|---:" * (len(table.header) - 1) + "|")
-    lines += ["| " + " | ".join(map(_escaped, row)) + " |" for row in table.rows]
-    return lines
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
