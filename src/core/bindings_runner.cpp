@@ -1,11 +1,14 @@
-// Weight and Runner as Python sees them.
+// Weight, Packing and Runner as Python sees them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,11 +29,13 @@ WeightType weight_type_of(const std::string& name) {
     throw std::invalid_argument("type: '" + name + "' is not a weight type");
 }
 
-// A Weight that keeps the array it borrows from.
+// A Weight that keeps the array it reads, or borrows from.
 class PythonWeight {
   public:
+    // Packed by `pack`, or as one of the items of a Packing.
     PythonWeight(const std::string& type, int64_t rows, int64_t columns, nb::handle data,
-                 int64_t interleaved_head_dim, int threads, bool drop_source, bool copy)
+                 int64_t interleaved_head_dim, bool drop_source, bool copy,
+                 const FileMappings& files)
         : source_(std::in_place, data, "data", Element::uint8, 1) {
         if (drop_source && !source_->readonly()) {
             throw std::invalid_argument("data: drop_source needs a read-only view of a file");
@@ -38,10 +43,23 @@ class PythonWeight {
         const FileRows source{weight_type_of(type), rows, columns, source_->data<std::byte>(),
                               interleaved_head_dim};
         const int64_t bytes = source_->bytes();
+        weight_.emplace(source, bytes, copy);
+        if (drop_source) file_ = files.around(source.data, static_cast<size_t>(bytes));
+    }
+
+    // Packs it on this thread.
+    void pack() {
         {
             const GilReleased released;
-            weight_.emplace(source, bytes, threads, drop_source, copy);
+            for (int64_t chunk = 0; chunk < weight_->chunks(); ++chunk) {
+                weight_->pack(chunk, file_);
+            }
         }
+        packed();
+    }
+    Packing::Item item() { return {&*weight_, file_}; }
+    // Tells that all of it is packed, so that the source is not needed any more.
+    void packed() {
         if (!weight_->borrows()) source_.reset();
     }
 
@@ -50,6 +68,48 @@ class PythonWeight {
   private:
     std::optional<Array> source_;
     std::optional<Weight> weight_;
+    Addresses file_;
+};
+
+// Weights on their way, and the sources that they are packed from.
+class PythonPacking {
+  public:
+    explicit PythonPacking(const nb::list& sources) {
+        const FileMappings files;
+        std::vector<Packing::Item> items;
+        for (const nb::handle source : sources) {
+            const auto [type, rows, columns, data, interleaved_head_dim, drop_source, copy] =
+                nb::cast<
+                    std::tuple<std::string, int64_t, int64_t, nb::object, int64_t, bool, bool>>(
+                    source);
+            weights_.push_back(std::make_unique<PythonWeight>(
+                type, rows, columns, data, interleaved_head_dim, drop_source, copy, files));
+            items.push_back(weights_.back()->item());
+        }
+        packing_.emplace(std::move(items));
+    }
+
+    bool work(int64_t chunks) {
+        const GilReleased released;
+        return packing_->work(chunks);
+    }
+    void stop() { packing_->stop(); }
+    int64_t bytes_done() const { return packing_->bytes_done(); }
+
+    nb::list weights() {
+        if (!packing_->done()) throw std::runtime_error("not all weights are packed");
+        nb::list result;
+        for (std::unique_ptr<PythonWeight>& weight : weights_) {
+            weight->packed();
+            result.append(nb::cast(std::move(weight)));
+        }
+        weights_.clear();  // `packing_` has nothing left to do with them
+        return result;
+    }
+
+  private:
+    std::vector<std::unique_ptr<PythonWeight>> weights_;
+    std::optional<Packing> packing_;
 };
 
 OperationSpec::Value field_value(const std::string& name, nb::handle value) {
@@ -199,10 +259,17 @@ class PythonRunner {
 
 void bind_runner(nb::module_& module) {
     nb::class_<PythonWeight>(module, "Weight")
-        .def(nb::init<const std::string&, int64_t, int64_t, nb::handle, int64_t, int, bool, bool>(),
-             nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
-             nb::arg("interleaved_head_dim") = 0, nb::arg("threads") = 1,
-             nb::arg("drop_source") = false, nb::arg("copy") = false)
+        .def(
+            "__init__",
+            [](PythonWeight* self, const std::string& type, int64_t rows, int64_t columns,
+               nb::handle data, int64_t interleaved_head_dim, bool drop_source, bool copy) {
+                new (self) PythonWeight(type, rows, columns, data, interleaved_head_dim,
+                                        drop_source, copy, FileMappings());
+                self->pack();
+            },
+            nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
+            nb::arg("interleaved_head_dim") = 0, nb::arg("drop_source") = false,
+            nb::arg("copy") = false)
         .def_prop_ro("type",
                      [](const PythonWeight& w) {
                          return std::string(layout(w.weight().matrix().type).name);
@@ -210,6 +277,13 @@ void bind_runner(nb::module_& module) {
         .def_prop_ro("rows", [](const PythonWeight& w) { return w.weight().matrix().rows; })
         .def_prop_ro("columns", [](const PythonWeight& w) { return w.weight().matrix().columns; })
         .def_prop_ro("nbytes", [](const PythonWeight& w) { return w.weight().packed_bytes(); });
+
+    nb::class_<PythonPacking>(module, "Packing")
+        .def(nb::init<const nb::list&>(), nb::arg("sources"))
+        .def("work", &PythonPacking::work, nb::arg("chunks"))
+        .def("stop", &PythonPacking::stop)
+        .def("weights", &PythonPacking::weights)
+        .def_prop_ro("bytes_done", &PythonPacking::bytes_done);
 
     nb::class_<PythonRunner>(module, "Runner")
         .def(nb::init<const nb::list&, const nb::dict&, const nb::dict&, int64_t, int64_t, int64_t,

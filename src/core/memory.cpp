@@ -16,12 +16,7 @@ namespace smolrun {
 #ifdef __linux__
 namespace {
 
-struct PageRange {
-    uintptr_t begin;
-    uintptr_t end;  // not above begin where the range holds no whole page
-};
-
-PageRange whole_pages(const std::byte* data, size_t bytes) {
+Addresses whole_pages(const std::byte* data, size_t bytes) {
     const uintptr_t page = page_bytes();
     const uintptr_t first = reinterpret_cast<uintptr_t>(data);
     return {(first + page - 1) / page * page, (first + bytes) / page * page};
@@ -79,8 +74,8 @@ void AnonymousMemory::release(size_t offset, size_t bytes) {
     std::byte* const end = begin + bytes;
 #ifdef __linux__
     // Only Linux promises that the dropped pages come back as zeros.
-    const PageRange pages = whole_pages(begin, bytes);
-    if (pages.end > pages.begin) {
+    const Addresses pages = whole_pages(begin, bytes);
+    if (!pages.empty()) {
         std::byte* const first = begin + (pages.begin - reinterpret_cast<uintptr_t>(begin));
         std::byte* const last = first + (pages.end - pages.begin);
         if (madvise(first, pages.end - pages.begin, MADV_DONTNEED) == 0) {
@@ -157,48 +152,49 @@ size_t Layout::reserve(int64_t count, size_t element_bytes) {
     return offset;
 }
 
+FileMappings::FileMappings() {
 #ifdef __linux__
-
-namespace {
-
-// Whether one mapping of a file covers [begin, end), as /proc/self/maps has it:
-// "begin-end perms offset device inode path", addresses and offset in hexadecimal.
-bool is_file_mapping(uintptr_t begin, uintptr_t end) {
+    // Lines of "begin-end perms offset device inode path", addresses and offset in hexadecimal.
     std::FILE* maps = std::fopen("/proc/self/maps", "re");
-    if (maps == nullptr) return false;
-    bool found = false;
+    if (maps == nullptr) return;
     char line[512];
     bool at_line_start = true;  // long paths come in several pieces
-    while (!found && std::fgets(line, sizeof line, maps) != nullptr) {
+    while (std::fgets(line, sizeof line, maps) != nullptr) {
         unsigned long first = 0, last = 0, inode = 0;
         char permissions[5] = {};
         if (at_line_start &&
             std::sscanf(line, "%lx-%lx %4s %*x %*x:%*x %lu", &first, &last, permissions, &inode) ==
                 4 &&
-            first <= begin && end <= last) {
-            const bool writable = permissions[1] == 'w';
-            found = inode != 0 && !writable;
-            break;
+            inode != 0 && permissions[1] != 'w') {
+            mappings_.push_back({first, last});
         }
         at_line_start = std::strchr(line, '\n') != nullptr;
     }
     std::fclose(maps);
-    return found;
-}
-
-}  // namespace
-
-bool drop_file_pages(const std::byte* data, size_t bytes) {
-    const PageRange pages = whole_pages(data, bytes);
-    if (pages.end <= pages.begin || !is_file_mapping(pages.begin, pages.end)) return false;
-    return madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_DONTNEED) ==
-           0;
-}
-
-#else
-
-bool drop_file_pages(const std::byte*, size_t) { return false; }
-
 #endif
+}
+
+Addresses FileMappings::around(const std::byte* data, size_t bytes) const {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+    for (const Addresses& mapping : mappings_) {
+        if (mapping.begin <= begin && begin + bytes <= mapping.end) return mapping;
+    }
+    return {};
+}
+
+void drop_file_pages(const Addresses& mapping, const std::byte* data, size_t bytes) {
+#ifdef __linux__
+    // A page that is touched brings its neighbours along, as many as the system holds in one piece.
+    // Whoever still needs one of these reads it again.
+    constexpr uintptr_t kAround = 2 << 20;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t begin = first / kAround * kAround;
+    const uintptr_t end = (first + bytes + kAround - 1) / kAround * kAround;
+    const uintptr_t from = std::max(begin, mapping.begin), to = std::min(end, mapping.end);
+    if (from < to) (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+#else
+    (void)mapping, (void)data, (void)bytes;
+#endif
+}
 
 }  // namespace smolrun

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace smolrun {
 
@@ -83,9 +84,26 @@ size_t page_bytes();
 // a * b for sizes; std::length_error where the product does not fit.
 int64_t checked_product(int64_t a, int64_t b);
 
-// Lets the system take back the whole pages of a read-only view of a mapped file; they are read
-// again when touched. False, and nothing is done, where the range is not wholly a file's: dropping
-// anonymous memory would lose its content.
-bool drop_file_pages(const std::byte* data, size_t bytes);
+// A range of addresses; empty where `end` is not above `begin`.
+struct Addresses {
+    uintptr_t begin = 0;
+    uintptr_t end = 0;
+    bool empty() const { return end <= begin; }
+};
+
+// The read-only mappings of files that this process had when this was made.
+class FileMappings {
+  public:
+    FileMappings();
+    // The one that holds a whole range; empty where none does.
+    Addresses around(const std::byte* data, size_t bytes) const;
+
+  private:
+    std::vector<Addresses> mappings_;
+};
+
+// Lets the system take back what reading a range of `mapping`, of a file, brought into memory. It
+// is read again when touched.
+void drop_file_pages(const Addresses& mapping, const std::byte* data, size_t bytes);
 
 }  // namespace smolrun

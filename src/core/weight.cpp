@@ -1,18 +1,16 @@
 #include "weight.h"
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <stdexcept>
 #include <string>
-
-#include "threads.h"
+#include <utility>
 
 namespace smolrun {
 namespace {
 
 constexpr int64_t kLargestSide = int64_t{1} << 31;
-constexpr int64_t kChunkBytes = 4 << 20;  // packed at a time, then dropped from the source
+constexpr int64_t kChunkBytes = 1 << 20;  // packed at a time, then dropped from the source
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -42,36 +40,55 @@ void check(const FileRows& source, int64_t source_bytes) {
 
 }  // namespace
 
-Weight::Weight(const FileRows& source, int64_t source_bytes, int threads, bool drop_source,
-               bool copy)
-    : matrix_{} {
+Weight::Weight(const FileRows& source, int64_t source_bytes, bool copy)
+    : source_(source), matrix_{} {
     check(source, source_bytes);
     matrix_ = {source.type, source.rows, source.columns, source.data};
     if (is_float(source.type) && source.interleaved_head_dim == 0 && !copy) return;
 
     packed_ = PooledMemory(
         static_cast<size_t>(smolrun::packed_bytes(source.type, source.rows, source.columns)));
-    std::byte* const out = packed_.data();
+    matrix_.data = packed_.data();
     // Chunks hold whole heads, whose rows change places, and whole groups of rows.
     const int64_t unit = std::lcm(std::max<int64_t>(1, source.interleaved_head_dim), kGroupRows);
     const int64_t bytes = row_bytes(source.type, source.columns);
-    const int64_t chunk_rows = std::max<int64_t>(1, kChunkBytes / (unit * bytes)) * unit;
-    const int64_t chunks = (source.rows + chunk_rows - 1) / chunk_rows;
-    Team team(static_cast<int>(std::clamp<int64_t>(threads, 1, chunks)));
-    team.run([&](Worker& worker) {
-        worker.phase(chunks, [&](int64_t chunk) {
-            const int64_t begin = chunk * chunk_rows;
-            const int64_t end = std::min(source.rows, begin + chunk_rows);
-            pack(source, begin / kGroupRows, row_groups(end), out);
-            if (drop_source) {
-                drop_file_pages(source.data + begin * bytes,
-                                static_cast<size_t>((end - begin) * bytes));
-            }
-        });
-    });
-    // The pages that two chunks share.
-    if (drop_source) drop_file_pages(source.data, static_cast<size_t>(source_bytes));
-    matrix_.data = out;
+    chunk_rows_ = std::max<int64_t>(1, kChunkBytes / (unit * bytes)) * unit;
+    chunks_ = (source.rows + chunk_rows_ - 1) / chunk_rows_;
+}
+
+int64_t Weight::chunk_begin(int64_t chunk) const {
+    return std::min(chunk * chunk_rows_, source_.rows);
+}
+
+int64_t Weight::chunk_bytes(int64_t chunk) const {
+    return (chunk_begin(chunk + 1) - chunk_begin(chunk)) * row_bytes(source_.type, source_.columns);
+}
+
+void Weight::pack(int64_t chunk, const Addresses& file) {
+    const int64_t begin = chunk_begin(chunk);
+    smolrun::pack(source_, begin / kGroupRows, row_groups(chunk_begin(chunk + 1)), packed_.data());
+    if (!file.empty()) {
+        drop_file_pages(file, source_.data + begin * row_bytes(source_.type, source_.columns),
+                        static_cast<size_t>(chunk_bytes(chunk)));
+    }
+}
+
+Packing::Packing(std::vector<Item> items) : items_(std::move(items)) {
+    for (const Item& item : items_) ends_.push_back(total() + item.weight->chunks());
+}
+
+bool Packing::work(int64_t chunks) {
+    for (; chunks > 0; --chunks) {
+        const int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
+        if (ticket >= total()) return true;
+        const auto at = std::upper_bound(ends_.begin(), ends_.end(), ticket);
+        const Item& item = items_[static_cast<size_t>(at - ends_.begin())];
+        const int64_t chunk = ticket - (*at - item.weight->chunks());
+        item.weight->pack(chunk, item.file);
+        bytes_done_.fetch_add(item.weight->chunk_bytes(chunk), std::memory_order_relaxed);
+        chunks_done_.fetch_add(1, std::memory_order_release);
+    }
+    return next_.load(std::memory_order_relaxed) >= total();
 }
 
 }  // namespace smolrun

@@ -55,11 +55,10 @@ class Weight:
         columns: int,
         data: _Bytes,
         interleaved_head_dim: int = 0,
-        threads: int = 1,
         drop_source: bool = False,
         copy: bool = False,
     ) -> None:
-        """`data` [rows * row bytes], as in the file; `threads` share the packing.
+        """`data` [rows * row bytes], as in the file.
 
         drop_source: `data` is a read-only view of a mapped file; its pages are given back as they
         are packed (and would be read again if touched). Memory that is no file's is left alone.
@@ -76,6 +75,28 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Memory of its own: 0 for a weight that is used where it lies."""
+
+class Packing:
+    """Many weights, made ready by as many threads as call `work`."""
+
+    def __init__(self, sources: list[tuple[str, int, int, _Bytes, int, bool, bool]]) -> None:
+        """The arguments of each Weight, and its errors."""
+
+    def work(self, chunks: int) -> bool:
+        """Pack at most `chunks` pieces, of about 1 MiB each, that no other thread has taken.
+
+        True once none is left to take; others may still be at theirs.
+        """
+
+    def stop(self) -> None:
+        """Have every thread return from `work` after the piece it is at; no weights come of it."""
+
+    def weights(self) -> list[Weight]:
+        """All of them, in their order, once; RuntimeError while not all are packed."""
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes of the sources that are packed."""
 
 class Runner:
     """A linked program with its KV cache and its threads; runs one step at a time.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from smolrun._core import Runner
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
-from smolrun.files.weights import native_weights
+from smolrun.files.weights import WeightLoading
 from smolrun.model.llama import build
 from smolrun.text.tokenizer import Tokenizer
 
@@ -27,9 +27,11 @@ def run(checkpoint: Checkpoint, tokens: list[int]) -> npt.NDArray[np.float32]:
     config = checkpoint.config
     program = build(config)
     frequencies, factor = config.rope_parameters()
+    with WeightLoading.from_file(checkpoint, program, threads=1) as loading:
+        weights = loading.finish()
     runner = Runner(
         [operation.as_dict() for operation in program.operations],
-        native_weights(checkpoint, program, threads=1),
+        weights,
         program.buffers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from smolrun.errors import ModelFormatError, ResourceError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.files.gguf import GgufFile
-from smolrun.files.weights import native_weights, native_weights_from_memory
+from smolrun.files.weights import WeightLoading
 from smolrun.model.llama import build
 from smolrun.model.random import random_weights
 from smolrun.model.reference import ReferenceRunner
@@ -52,9 +53,8 @@ def test_logits_of_a_file_equal_the_reference(tmp_path: Path) -> None:
 def test_vectors_are_float32_and_progress_reaches_the_end(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     steps: list[tuple[int, int]] = []
-    weights = native_weights(
-        checkpoint, build(checkpoint.config), 1, lambda done, total: steps.append((done, total))
-    )
+    with WeightLoading.from_file(checkpoint, build(checkpoint.config), 2) as loading:
+        weights = loading.finish(lambda done, total: steps.append((done, total)))
     assert weights.keys() == checkpoint.tensors.keys()
     for name, tensor in checkpoint.tensors.items():
         weight = weights[name]
@@ -67,6 +67,19 @@ def test_vectors_are_float32_and_progress_reaches_the_end(tmp_path: Path) -> Non
     total = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
     assert steps[-1] == (total, total)
     assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+
+
+def test_a_load_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
+    checkpoint = tiny(tmp_path)
+    threads = set(threading.enumerate())
+    for _ in range(20):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            WeightLoading.from_file(checkpoint, build(checkpoint.config), 4),
+        ):
+            raise KeyboardInterrupt
+        assert set(threading.enumerate()) == threads
+    assert run(checkpoint, PROMPT).any()
 
 
 def test_weights_outlive_the_checkpoint(tmp_path: Path) -> None:
@@ -100,7 +113,8 @@ def test_a_header_of_any_length(tmp_path: Path) -> None:
 def test_weights_that_lie_in_no_file(tmp_path: Path) -> None:
     config = tiny(tmp_path).config
     program = build(config)
-    weights = native_weights_from_memory(random_weights(config), program, 1)
+    with WeightLoading.from_memory(random_weights(config), program, 1) as loading:
+        weights = loading.finish()
     assert weights.keys() == program.weights.keys()
 
 
@@ -109,10 +123,11 @@ def test_weights_that_lie_in_no_file(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from smolrun.files.checkpoint import open_checkpoint
-from smolrun.files.weights import native_weights
+from smolrun.files.weights import WeightLoading
 from smolrun.model.llama import build
 checkpoint = open_checkpoint(sys.argv[1], sys.argv[2])
-weights = native_weights(checkpoint, build(checkpoint.config), 2)
+with WeightLoading.from_file(checkpoint, build(checkpoint.config), 2) as loading:
+    weights = loading.finish()
 # Not ru_maxrss, which begins with what the parent process had.
 (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(int(peak) * 1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,30 @@ from tests.native.models import Model, blocks_for, ints, random_blocks, run_sequ
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_float_weights_are_used_where_they_lie(threads: int) -> None:
+Source = tuple[str, int, int, Any, int, bool, bool]
+
+
+def packed(sources: list[Source], threads: int) -> list[_core.Weight]:
+    packing = _core.Packing(sources)
+    helpers = [threading.Thread(target=packing.work, args=(1 << 62,)) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    while not packing.work(1):
+        pass
+    for helper in helpers:
+        helper.join()
+    return packing.weights()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_float_weights_are_used_where_they_lie(alone: bool) -> None:
     data = np.zeros(4 * 6 * 5, dtype=np.uint8)
     references = sys.getrefcount(data)
-    weight = _core.Weight("F32", 6, 5, data, threads=threads)
+    weight = (
+        _core.Weight("F32", 6, 5, data)
+        if alone
+        else packed([("F32", 6, 5, data, 0, False, False)], 2)[0]
+    )
     assert (weight.type, weight.rows, weight.columns, weight.nbytes) == ("F32", 6, 5, 0)
     assert sys.getrefcount(data) > references
     del weight
@@ -40,7 +60,7 @@ def test_a_copy_of_float_weights_gives_the_same_bits(weight_type: WeightType) ->
     odd = np.empty(data.size + 1, dtype=np.uint8)[1:]  # at no aligned address
     odd[:] = data
     references = sys.getrefcount(odd)
-    copy = _core.Weight(weight_type.value, rows, columns, odd, threads=2, copy=True)
+    copy = _core.Weight(weight_type.value, rows, columns, odd, copy=True)
     assert sys.getrefcount(odd) == references
     assert copy.nbytes == data.size
     in_place = _core.Weight(weight_type.value, rows, columns, data)
@@ -96,10 +116,20 @@ def test_threads_and_interleaved_rows(weight_type: WeightType) -> None:
     straight = np.ascontiguousarray(in_order.transpose(0, 2, 1, 3)).reshape(-1)
     name = weight_type.value
     expected = logits_with(_core.Weight(name, rows, 256, straight), model)
+    borrowed = np.zeros(4 * 6 * 5, dtype=np.uint8)  # nothing to pack
     for threads in (1, 2, 5):
-        weight = _core.Weight(name, rows, 256, data, interleaved_head_dim=32, threads=threads)
-        assert weight.nbytes == rows * weight_type.row_bytes(256)
-        assert np.array_equal(logits_with(weight, model), expected)
+        first, middle, last = packed(
+            [
+                (name, rows, 256, data, 32, False, True),
+                ("F32", 6, 5, borrowed, 0, False, False),
+                (name, rows, 256, straight, 0, False, True),
+            ],
+            threads,
+        )
+        assert middle.nbytes == 0
+        for weight in (first, last):
+            assert weight.nbytes == rows * weight_type.row_bytes(256)
+            assert np.array_equal(logits_with(weight, model), expected)
     assert not np.array_equal(logits_with(_core.Weight(name, rows, 256, data), model), expected)
 
 
@@ -130,6 +160,40 @@ def test_the_source_must_be_bytes_in_one_piece() -> None:
     for data in (np.zeros(16, np.float32), np.zeros(128, np.uint8)[::2], [1, 2], "text"):
         with pytest.raises(TypeError, match="data: expected a C-contiguous uint8 array"):
             _core.Weight("F32", 4, 4, data)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="data: expected a C-contiguous uint8 array"):
+            _core.Packing([("F32", 4, 4, data, 0, False, False)])  # type: ignore[list-item]
+
+
+def test_a_packing_that_is_stopped() -> None:
+    data = random_blocks(np.random.default_rng(0), WeightType.Q8_0, 4096, 1024)  # four pieces
+    references = sys.getrefcount(data)
+    packing = _core.Packing([("Q8_0", 4096, 1024, data, 0, False, False)])
+    assert not packing.work(1)
+    assert 0 < packing.bytes_done < data.size
+    with pytest.raises(RuntimeError, match="not all weights are packed"):
+        packing.weights()
+    packing.stop()
+    assert packing.work(1)
+    with pytest.raises(RuntimeError, match="not all weights are packed"):
+        packing.weights()
+    del packing
+    assert sys.getrefcount(data) == references
+
+
+def test_weights_are_handed_over_once() -> None:
+    data = random_blocks(np.random.default_rng(0), WeightType.Q8_0, 64, 64)
+    references = sys.getrefcount(data)
+    packing = _core.Packing([("Q8_0", 64, 64, data, 0, False, False)])
+    assert packing.work(2)
+    assert packing.bytes_done == data.size
+    (weight,) = packing.weights()
+    assert sys.getrefcount(data) == references
+    assert packing.weights() == []
+    assert packing.work(1)
+    assert weight.nbytes == data.size
+    nothing = _core.Packing([])
+    assert nothing.work(1)
+    assert nothing.weights() == []
 
 
 # --- pages of files
@@ -146,7 +210,11 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
     data = np.frombuffer(mapped, dtype=np.uint8)[100:]
     kept = _core.Weight("Q4_0", rows, columns, data)
     assert resident_around(data) >= content.size - 8192
-    dropped = _core.Weight("Q4_0", rows, columns, data, threads=2, drop_source=True)
+    half = data.size // 2
+    dropped = packed(
+        [("Q4_0", rows // 2, columns, part, 0, True, True) for part in (data[:half], data[half:])],
+        threads=2,
+    )
     assert resident_around(data) <= 3 * mmap.PAGESIZE
     assert np.array_equal(data, content)  # read again from the file
     del kept, dropped, data

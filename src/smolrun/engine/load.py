@@ -22,7 +22,7 @@ from smolrun.engine.native import Activations, build_runner
 from smolrun.engine.sampling import SamplingParameters, sampling_parameters
 from smolrun.errors import ModelFormatError, RequestError, ResourceError
 from smolrun.files.checkpoint import Checkpoint, Dtype, open_checkpoint
-from smolrun.files.weights import NativeWeights, native_weights, native_weights_from_memory
+from smolrun.files.weights import NativeWeights, WeightLoading
 from smolrun.model.llama import build
 
 if TYPE_CHECKING:
@@ -95,14 +95,16 @@ def load_model(
     checkpoint = open_checkpoint(path, dtype)
     try:
         plan = _planned(checkpoint.config, checkpoint.tensors, context_size, threads, max_sequences)
-        tokenizer = template = None
-        if checkpoint.tokenizer is not None:
-            tokenizer = Tokenizer(checkpoint.tokenizer, plan.config.vocab_size)
-            if checkpoint.chat_template is not None:
-                template = ChatTemplate(checkpoint.chat_template, tokenizer, str(checkpoint.path))
-            checkpoint.drop_vocabulary()
-            _trim_heap()  # before the weights come in
-        weights = native_weights(checkpoint, plan.program, plan.threads.value, load_progress)
+        with WeightLoading.from_file(checkpoint, plan.program, plan.threads.value) as loading:
+            tokenizer = template = None
+            if checkpoint.tokenizer is not None:
+                tokenizer = Tokenizer(checkpoint.tokenizer, plan.config.vocab_size)
+                if checkpoint.chat_template is not None:
+                    origin = str(checkpoint.path)
+                    template = ChatTemplate(checkpoint.chat_template, tokenizer, origin)
+                checkpoint.drop_vocabulary()
+                _trim_heap()  # before all the weights are in
+            weights = loading.finish(load_progress)
         engine = _started(plan, weights, isa, activations, max_sequences, str(checkpoint.path))
         eos = {*checkpoint.config.eos_token_ids, *_generation_eos(checkpoint)}
         return LoadedModel(
@@ -137,7 +139,8 @@ def load_config(
     _check_choice("activations", activations, get_args(Activations))
     plan = _planned(config, tensors, context_size, threads, max_sequences, in_memory=True)
     plan.program.check(tensors)
-    weights = native_weights_from_memory(tensors, plan.program, plan.threads.value)
+    with WeightLoading.from_memory(tensors, plan.program, plan.threads.value) as loading:
+        weights = loading.finish()
     return LoadedModel(
         name=config.model_type,
         path=None,

@@ -1,13 +1,16 @@
-"""Weights made ready for the native kernels, one tensor at a time."""
+"""Weights made ready for the native kernels, beside whatever else a load has to do."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Mapping
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from smolrun._core import Weight
+from smolrun._core import Packing, Weight
 from smolrun.files.checkpoint import Checkpoint
 from smolrun.files.mapping import MappedFile
 from smolrun.model.program import Program
@@ -18,60 +21,94 @@ NativeWeights = dict[str, Weight | npt.NDArray[np.float32]]
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
+_ALL = 1 << 62  # chunks
+_CHUNKS_BETWEEN_REPORTS = 16  # of about 1 MiB
 
-def native_weights(
-    checkpoint: Checkpoint, program: Program, threads: int, progress: Progress | None = None
-) -> NativeWeights:
-    """The weights of a listing by canonical name: matrices as Weight, vectors as float32 arrays.
+
+class WeightLoading:
+    """The weights of a listing on their way: matrices become Weight, vectors float32 arrays.
 
     Matrices are packed, or copied where they are float, into huge pages, from which they are read
     up to a third faster than from the file's own. The file's pages are given back meanwhile, so
-    that memory never holds two copies: the peak is the size of the files and a few megabytes. The
-    checkpoint may be closed afterwards. `threads` share the packing of one matrix.
+    that memory never holds two copies: the peak is the size of the files and a few megabytes.
+
+    All but one of `threads` begin at once, and the caller's thread joins them in `finish`: between
+    the two, it can build a tokenizer. Leaving the `with` block ends what is still under way; the
+    checkpoint may be closed afterwards.
     """
-    return _native(checkpoint.tensors, program, threads, checkpoint.file_of, progress)
 
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        program: Program,
+        threads: int,
+        file_of: Callable[[Tensor], MappedFile | None],
+    ) -> None:
+        self._matrices = [name for name, shape in program.weights.items() if len(shape) > 1]
+        self._vectors = {
+            name: tensor_values(tensors[name])
+            for name, shape in program.weights.items()
+            if len(shape) == 1
+        }
+        self._total = sum(tensors[name].data.nbytes for name in program.weights)
+        self._packing = Packing(
+            [_source(tensors[name], file_of(tensors[name])) for name in self._matrices]
+        )
+        self._helpers: list[threading.Thread] = []
+        with contextlib.suppress(RuntimeError):  # of helpers that the system refuses: do without
+            for _ in range(min(threads, len(self._matrices)) - 1):
+                helper = threading.Thread(target=self._packing.work, args=(_ALL,), daemon=True)
+                helper.start()
+                self._helpers.append(helper)
 
-def native_weights_from_memory(
-    tensors: Mapping[str, Tensor], program: Program, threads: int
-) -> NativeWeights:
-    """As native_weights, for tensors that lie in no file, such as random ones."""
-    return _native(tensors, program, threads, lambda tensor: None, None)
+    @classmethod
+    def from_file(cls, checkpoint: Checkpoint, program: Program, threads: int) -> WeightLoading:
+        """Begin with the weights of a checkpoint."""
+        return cls(checkpoint.tensors, program, threads, checkpoint.file_of)
 
+    @classmethod
+    def from_memory(
+        cls, tensors: Mapping[str, Tensor], program: Program, threads: int
+    ) -> WeightLoading:
+        """Begin with tensors that lie in no file, such as random ones."""
+        return cls(tensors, program, threads, lambda tensor: None)
 
-def _native(
-    tensors: Mapping[str, Tensor],
-    program: Program,
-    threads: int,
-    file_of: Callable[[Tensor], MappedFile | None],
-    progress: Progress | None,
-) -> NativeWeights:
-    total = sum(tensors[name].data.nbytes for name in program.weights)
-    done = 0
-    weights: NativeWeights = {}
-    for name, shape in program.weights.items():
-        tensor = tensors[name]
-        if len(shape) == 1:
-            weights[name] = tensor_values(tensor)
-        else:
-            weights[name] = _matrix(tensor, threads, file_of(tensor))
-        done += tensor.data.nbytes
+    def finish(self, progress: Progress | None = None) -> NativeWeights:
+        """Pack what is left, and return the weights by canonical name."""
+        ended = False
+        while not ended:
+            ended = self._packing.work(_CHUNKS_BETWEEN_REPORTS)
+            if progress is not None and not ended:
+                progress(self._packing.bytes_done, self._total)
+        self._join()
         if progress is not None:
-            progress(done, total)
-    return weights
+            progress(self._total, self._total)
+        return {**dict(zip(self._matrices, self._packing.weights(), strict=True)), **self._vectors}
+
+    def __enter__(self) -> WeightLoading:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._packing.stop()
+        self._join()
+
+    def _join(self) -> None:
+        for helper in self._helpers:
+            helper.join()
 
 
-def _matrix(tensor: Tensor, threads: int, file: MappedFile | None) -> Weight:
+def _source(
+    tensor: Tensor, file: MappedFile | None
+) -> tuple[str, int, int, npt.NDArray[np.uint8], int, bool, bool]:
+    """The arguments of a Weight."""
     data = tensor.data
     if file is None and tensor.type.is_float and data.ctypes.data % tensor.type.block_bytes:
         data = data.copy()  # used where it lies, which may be anywhere
-    return Weight(
-        tensor.type.value,
-        tensor.rows,
-        tensor.columns,
-        data,
-        interleaved_head_dim=tensor.interleaved_head_dim,
-        threads=threads,
-        drop_source=file is not None,
-        copy=file is not None,
-    )
+    from_file = file is not None
+    head_dim = tensor.interleaved_head_dim
+    return tensor.type.value, tensor.rows, tensor.columns, data, head_dim, from_file, from_file
