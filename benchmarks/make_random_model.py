@@ -220,7 +220,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    from smolrun.text.tokenizer import LLAMA3_PATTERN
+    from smolrun.files.tokenizer_data import LLAMA3_PATTERN
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if vocabulary.pre_tokenizer == "smollm":

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from smolrun.api import (
         ChoiceScore,
+        Converted,
         EndEvent,
         Model,
         ModelConfig,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         Timings,
         TokenLogprob,
         Usage,
+        convert,
     )
     from smolrun.errors import (
         ContextLengthError,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ChoiceScore",
     "ContextLengthError",
+    "Converted",
     "DownloadError",
     "EndEvent",
     "Model",
@@ -66,6 +69,7 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "__version__",
+    "convert",
 ]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from smolrun.files.checkpoint import TokenizerData
 from smolrun.files.gguf import GgufFile
-from smolrun.files.tokenizer_data import gguf_tokenizer
-from smolrun.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
+from smolrun.files.tokenizer_data import CONTROL, NORMAL, USER_DEFINED, gguf_tokenizer
+from smolrun.text.tokenizer import Tokenizer
 
 
 def tokenizer(vocab_size: int, **fields: Any) -> Tokenizer:

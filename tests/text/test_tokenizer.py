@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from smolrun.errors import ModelFormatError, RequestError, UnsupportedError
 from smolrun.files.checkpoint import open_checkpoint
+from smolrun.files.tokenizer_data import CONTROL, NORMAL
 from smolrun.text.chat import ChatTemplate
-from smolrun.text.tokenizer import CONTROL, NORMAL, IncrementalDecoder, Tokenizer
+from smolrun.text.tokenizer import IncrementalDecoder, Tokenizer
 
 from .support import BYTE_ALPHABET, byte_tokenizer, gguf_data, tokenizer
 

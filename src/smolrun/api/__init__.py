@@ -1,5 +1,6 @@
 """What a user imports."""
 
+from smolrun.api.conversion import convert
 from smolrun.api.model import DEFAULT_MODEL, Messages, Model
 from smolrun.api.stream import SamplingArguments, Stream
 from smolrun.engine.answer import (
@@ -14,11 +15,13 @@ from smolrun.engine.answer import (
 )
 from smolrun.engine.likelihood import ChoiceScore, Perplexity
 from smolrun.engine.sequence import Timings
+from smolrun.files.convert import Converted
 from smolrun.model.config import ModelConfig
 
 __all__ = [
     "DEFAULT_MODEL",
     "ChoiceScore",
+    "Converted",
     "EndEvent",
     "Event",
     "Messages",
@@ -34,4 +37,5 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Usage",
+    "convert",
 ]

@@ -27,6 +27,7 @@ VERBS = {
     "bench": "how fast models run here, beside what the machine can do",
     "perplexity": "how well a model predicts a text",
     "compare": "how far other files of a model are from one of them",
+    "convert": "safetensors to GGUF, and GGUF to safetensors",
     "pull": "download models",
     "list": "models on this machine",
     "rm": "delete downloaded models",

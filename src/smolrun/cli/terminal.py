@@ -129,12 +129,15 @@ class Console:
 
     def downloading(self, what: str, done: int, total: int | None) -> None:
         """Progress of a download: share, sizes, speed and time left."""
+        self._transfer("downloading", what, done, total)
+
+    def _transfer(self, verb: str, what: str, done: int, total: int | None) -> None:
         now = time.monotonic()
         if what not in self._started:
             self._started[what] = (now, done)
             if not is_terminal(self.err):
                 size = f" ({human_bytes(total)})" if total else ""
-                self.note(f"downloading {what}{size}")
+                self.note(f"{verb} {what}{size}")
         begun, first = self._started[what]
         rate = (done - first) / (now - begun) if now > begun else 0.0
         if not total:
@@ -149,6 +152,10 @@ class Console:
         if done >= total:
             del self._started[what]
             self.clear_progress()
+
+    def writing(self, what: str, done: int, total: int) -> None:
+        """Progress of a file that is made: share, sizes, speed and time left."""
+        self._transfer("writing", what, done, total)
 
     def working(self, what: str, done: int, total: int) -> None:
         """Progress of other work; shown once it has taken a second."""

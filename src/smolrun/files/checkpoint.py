@@ -16,6 +16,7 @@ import numpy as np
 from smolrun.errors import ModelFormatError, ModelNotFoundError
 from smolrun.files.dtypes import converted
 from smolrun.files.gguf import GgufFile
+from smolrun.files.gguf_names import canonical_name, is_interleaved
 from smolrun.files.mapping import MappedFile, read_json_file, shown
 from smolrun.files.safetensors import SafetensorsFile, open_shards
 from smolrun.files.tokenizer_data import (
@@ -39,26 +40,6 @@ _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _COMPARED_BYTES = 8 << 20
 _FORMATS = "smolrun reads .gguf files, and .safetensors files beside a config.json"
-
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_GGUF_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([a-z_]+)\.(weight|bias)")
-# llama.cpp's converter interleaves the rows of these, in all layers and for both architectures.
-_INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 
 # GGUF key: (name in generation_config.json)
 _GGUF_SAMPLING = {
@@ -93,6 +74,13 @@ class Checkpoint:
     file_bytes: int  # of all tensor files
     name: str
     files: list[MappedFile] = field(default_factory=list)
+    # How a GGUF file stores its metadata, as in GgufFile.types; else {}.
+    metadata_types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the files lie in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     def file_of(self, tensor: Tensor) -> MappedFile | None:
         """The mapped file that a tensor's bytes lie in; None for bytes in memory."""
@@ -227,21 +215,14 @@ def _open_gguf(path: Path, on_error: Callable[[Callable[[], None]], object]) -> 
         file_bytes=file.file.size,
         name=name if isinstance(name, str) and name and name.isprintable() else path.stem,
         files=[file.file],
+        metadata_types=file.types,
     )
 
 
 def _canonical(tensor: Tensor, config: ModelConfig) -> Tensor:
     """A tensor of a GGUF file under its Hugging Face name, told how its rows stand."""
-    gguf_name = tensor.name
-    layer = _GGUF_LAYER.fullmatch(gguf_name)
-    stem, _, ending = gguf_name.rpartition(".")
-    if layer and layer[2] in _GGUF_LAYER_NAMES:
-        name = f"model.layers.{layer[1]}.{_GGUF_LAYER_NAMES[layer[2]]}.{layer[3]}"
-    elif stem in _GGUF_NAMES and ending == "weight":
-        name = f"{_GGUF_NAMES[stem]}.weight"
-    else:
-        name = gguf_name  # for Program.check to refuse
-    if not _INTERLEAVED.fullmatch(gguf_name):
+    name = canonical_name(tensor.name)  # one that the family has not is for Program.check to refuse
+    if not is_interleaved(name):
         return tensor.renamed(name)
     if len(tensor.shape) > 1:
         return replace(tensor, name=name, interleaved_head_dim=config.head_dim)

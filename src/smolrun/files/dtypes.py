@@ -27,16 +27,27 @@ def converted(tensor: Tensor, target: WeightType) -> Tensor:
         end = min(count, begin + _CHUNK)
         source = tensor.data[begin * tensor.type.block_bytes : end * tensor.type.block_bytes]
         values = _float32(source, tensor.type)
-        stored = _rounded(values, target)
-        too_large = np.isfinite(values) & ~np.isfinite(_float32(stored, target))
-        if too_large.any():
-            index = int(too_large.argmax())
-            raise ModelFormatError(
-                f"{tensor.origin}: the weight {values[index]:g} is too large for "
-                f"{target.value}; use dtype bf16 or f32 for this model"
-            )
+        stored = rounded(values, target, tensor.origin)
         data[begin * target.block_bytes : end * target.block_bytes] = stored
     return replace(tensor, type=target, data=data)
+
+
+def rounded(
+    values: npt.NDArray[np.float32], target: WeightType, origin: str
+) -> npt.NDArray[np.uint8]:
+    """The bytes of flat values in a float type, rounded to nearest, ties to even.
+
+    Infinities and NaN stay what they are. ModelFormatError, which begins with `origin`, where a
+    finite value is too large for the target.
+    """
+    stored = _rounded(values, target)
+    too_large = np.isfinite(values) & ~np.isfinite(_float32(stored, target))
+    if too_large.any():
+        raise ModelFormatError(
+            f"{origin}: the weight {values[too_large][0]:g} is too large for {target.value}; "
+            "use bf16 or f32 for this model"
+        )
+    return stored
 
 
 def _float32(data: npt.NDArray[np.uint8], weight_type: WeightType) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,6 +87,43 @@ def atomic_output(path: Path, nbytes: int | None = None) -> Iterator[OutputFile]
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, nbytes: int, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder to write files into, which take their place in `path` when the block ends.
+
+    They grow in a folder beside `path`, NAME.PROCESS.partial, which leaves no trace where the block
+    fails. A new folder appears whole, by one renaming. In a folder that exists, file after file is
+    replaced once all are written, and others whose names `is_replaced` are removed; the rest stays.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{path}: is no folder; name another")
+    check_room(target, nbytes)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        try:
+            yield partial
+            sync_folder(partial)
+            if not target.exists():
+                os.rename(partial, target)
+            else:
+                written = os.listdir(partial)
+                for name in os.listdir(target):
+                    if name not in written and is_replaced(name):
+                        (target / name).unlink()
+                for name in written:
+                    os.replace(partial / name, target / name)
+                sync_folder(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise output_error(path, error) from error
     sync_folder(target.parent)
 
 

@@ -15,6 +15,26 @@ from smolrun.files.mapping import optional_string, read_json_file, read_small_fi
 MAX_TOKENIZER_JSON_BYTES = 64 << 20  # SmolLM3's has 17 MB
 MAX_TEMPLATE_BYTES = 1 << 20
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types of GGUF."""
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+IGNORES_MERGES = {
+    "smollm": False,
+    "smaug-bpe": True,
+    "llama-bpe": True,
+    "llama3": True,
+    "llama-v3": True,
+}
+"""Name in tokenizer.ggml.pre: whether a whole piece of text that is in the vocabulary is taken
+without merging it. smaug-bpe is what GGUF files of SmolLM3 say; the flag is on for it because
+SmolLM3 took over Llama 3's tokenizer, 588 tokens of which no merge reaches. All but smollm cut text
+by Llama 3's pattern."""
+
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -37,7 +57,15 @@ class TokenizerData:
     unk_token_id: int | None = None
     pad_token_id: int | None = None
     add_bos_token: bool = False
+    ignore_merges: bool | None = None  # as a GGUF file says in a key of smolrun's own
     config: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+
+    @property
+    def ignores_merges(self) -> bool:
+        """Of a GGUF file: whether a piece that is in the vocabulary is taken without merging."""
+        if self.ignore_merges is not None:
+            return self.ignore_merges
+        return IGNORES_MERGES.get(self.pre_tokenizer or "", False)
 
 
 def gguf_tokenizer(file: GgufFile) -> TokenizerData | None:
@@ -83,7 +111,31 @@ def gguf_tokenizer(file: GgufFile) -> TokenizerData | None:
         pad_token_id=keys.token_id("padding_token_id", len(tokens)),
         # A silent file means no: nothing of the SmolLM family was trained with one.
         add_bos_token=bool(keys.get("add_bos_token", "bool")),
+        ignore_merges=_own_switch(file, "smolrun.ignore_merges"),
     )
+
+
+def _own_switch(file: GgufFile, key: str) -> bool | None:
+    value = file.metadata.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelFormatError(f"{file.path}: {key}: expected a bool, found {shown(value)}")
+    return value
+
+
+def merge_pairs(merges: Sequence[str], origin: str) -> list[Any]:
+    """The merges of a GGUF file, "left right" each, as pairs; ModelFormatError where one is not."""
+    pairs: list[tuple[str, ...]] = [tuple(merge.split(" ")) for merge in merges]
+    for index, pair in enumerate(pairs):
+        if len(pair) != 2:
+            # The left part may itself begin with a space, so the cut is sought from index 1.
+            place = merges[index].find(" ", 1)
+            if place < 0:
+                raise ModelFormatError(
+                    f"{origin}: tokenizer.ggml.merges[{index}] is {merges[index]!r}; expected "
+                    "two tokens with a space between"
+                )
+            pairs[index] = (merges[index][:place], merges[index][place + 1 :])
+    return pairs
 
 
 class _GgufKeys:

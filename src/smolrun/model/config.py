@@ -127,6 +127,11 @@ class ModelConfig:
             _optional_token(tokenizer, key, vocab_size)
             for key in ("eos_token_id", "eot_token_id", "eom_token_id")
         ]
+        if own.has("eos_token_ids"):
+            eos += [
+                token_id(own, "eos_token_ids", value, vocab_size)
+                for value in own.sequence("eos_token_ids", 1024)
+            ]
         return cls(
             model_type=model_type,
             **sizes,
@@ -134,7 +139,10 @@ class ModelConfig:
             rope_theta=decimal(
                 fields.number("rope.freq_base", MIN_THETA, MAX_THETA, _default_theta(model_type))
             ),
-            rope_scaling=_gguf_scaling(fields, sizes["max_position_embeddings"]),
+            rope_scaling=_with_own_settings(
+                _gguf_scaling(fields, sizes["max_position_embeddings"]),
+                Fields(metadata, origin, "smolrun.rope_scaling."),
+            ),
             no_rope_layers=pattern,
             attention_bias=False,
             mlp_bias=False,
@@ -397,6 +405,21 @@ def _hugging_face_rope(
 
 def _optional_number(fields: Fields, key: str) -> float | None:
     return fields.number(key, 0.0, 1000.0) if fields.has(key) else None
+
+
+def _optional_decimal(fields: Fields, key: str) -> float | None:
+    value = _optional_number(fields, key)
+    return None if value is None else decimal(value)
+
+
+def _with_own_settings(scaling: RopeScaling, own: Fields) -> RopeScaling:
+    """The scaling with what smolrun's converter says of it because GGUF has no key for it."""
+    return replace(
+        scaling,
+        truncate=own.boolean("truncate", scaling.truncate),
+        mscale=_optional_decimal(own, "mscale"),
+        mscale_all_dim=_optional_decimal(own, "mscale_all_dim"),
+    )
 
 
 def _gguf_scaling(fields: Fields, max_positions: int) -> RopeScaling:

@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolrun.errors import ModelFormatError, RequestError, UnsupportedError
+from smolrun.files.tokenizer_data import (
+    CONTROL,
+    IGNORES_MERGES,
+    LLAMA3_PATTERN,
+    USER_DEFINED,
+    merge_pairs,
+)
 
 if TYPE_CHECKING:
     from smolrun.files.checkpoint import TokenizerData
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Token types of GGUF."""
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """Control tokens that end an answer whatever the file declares as its end of sequence."""
@@ -31,11 +35,6 @@ MARKUP_TOKENS = (
     *("<tool_response>", "</tool_response>", "<code>", "</code>"),
 )
 """Tokens of the answer's own structure. They are parsed, so they are never hidden as control."""
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # From this length on (characters) a text is encoded without the GIL, so that one long prompt
 # stalls no other thread: 1 MB takes 0.3 s. Shorter ones are not worth starting the pool for.
@@ -66,15 +65,9 @@ def _smollm_splitter() -> Any:
     )
 
 
-# Name in tokenizer.ggml.pre -> (how text is cut, emit a whole piece that is in the vocabulary
-# without merging it). smaug-bpe is what GGUF files of SmolLM3 say; the flag is on for it because
-# SmolLM3 took over Llama 3's tokenizer, 588 tokens of which no merge reaches.
-_PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool]] = {
-    "smollm": (_smollm_splitter, False),
-    "smaug-bpe": (_llama3_splitter, True),
-    "llama-bpe": (_llama3_splitter, True),
-    "llama3": (_llama3_splitter, True),
-    "llama-v3": (_llama3_splitter, True),
+# Name in tokenizer.ggml.pre: how text is cut.
+_SPLITTERS: dict[str, Callable[[], Any]] = {
+    name: _smollm_splitter if name == "smollm" else _llama3_splitter for name in IGNORES_MERGES
 }
 
 
@@ -355,10 +348,10 @@ def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
     from tokenizers import Tokenizer as Library
 
     tokens, types = data.tokens, data.token_types
-    if data.pre_tokenizer is None or data.pre_tokenizer not in _PRE_TOKENIZERS:
+    if data.pre_tokenizer is None or data.pre_tokenizer not in _SPLITTERS:
         raise UnsupportedError(
             f"{data.origin}: tokenizer.ggml.pre is {data.pre_tokenizer!r}; smolrun knows "
-            f"{', '.join(_PRE_TOKENIZERS)}. Any other would cut the text differently"
+            f"{', '.join(_SPLITTERS)}. Any other would cut the text differently"
         )
     if not tokens:
         raise ModelFormatError(f"{data.origin}: tokenizer.ggml.tokens is missing or empty")
@@ -372,18 +365,17 @@ def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
             f"{data.origin}: tokenizer.ggml.token_type has {len(types)} entries, "
             f"tokenizer.ggml.tokens {len(tokens)}"
         )
-    splitter, ignore_merges = _PRE_TOKENIZERS[data.pre_tokenizer]
     vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocabulary) != len(tokens):
         raise ModelFormatError(f"{data.origin}: {_first_duplicate(tokens)}")
-    pairs = _merge_pairs(data.merges, data.origin)
+    pairs = merge_pairs(data.merges, data.origin)
     # Of the ways to build the model this is the fastest (128k tokens, 280k merges: 0.2 s; writing
     # a tokenizer.json in memory and parsing it takes 0.32 s).
     model = _guarded(
-        data.origin, lambda: models.BPE(vocabulary, pairs, ignore_merges=ignore_merges)
+        data.origin, lambda: models.BPE(vocabulary, pairs, ignore_merges=data.ignores_merges)
     )
     library = Library(model)
-    library.pre_tokenizer = splitter()
+    library.pre_tokenizer = _SPLITTERS[data.pre_tokenizer]()
     library.decoder = decoders.ByteLevel()
     added = [
         AddedToken(token, special=kind == CONTROL and token not in MARKUP_TOKENS, normalized=False)
@@ -392,21 +384,6 @@ def _from_gguf(data: TokenizerData, vocab_size: int) -> Any:
     ]
     _guarded(data.origin, lambda: library.add_tokens(added))
     return library
-
-
-def _merge_pairs(merges: Sequence[str], origin: str) -> list[Any]:
-    pairs: list[tuple[str, ...]] = [tuple(merge.split(" ")) for merge in merges]
-    for index, pair in enumerate(pairs):
-        if len(pair) != 2:
-            # The left part may itself begin with a space, so the cut is sought from index 1.
-            place = merges[index].find(" ", 1)
-            if place < 0:
-                raise ModelFormatError(
-                    f"{origin}: tokenizer.ggml.merges[{index}] is {merges[index]!r}; expected "
-                    "two tokens with a space between"
-                )
-            pairs[index] = (merges[index][:place], merges[index][place + 1 :])
-    return pairs
 
 
 def _first_duplicate(tokens: Sequence[str]) -> str:
