@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from compare import ratios
+from compare import Pairs, timed_alternately
 
 PROMPT = "Why is the sky blue?"
 
@@ -76,7 +76,7 @@ def seconds_to_first_byte(arguments: list[str]) -> float:
     return seconds
 
 
-def row(label: str, pairs: list[tuple[float, float]]) -> str:
+def row(label: str, pairs: Pairs) -> str:
     """One line of the table, of (our seconds, their seconds)."""
     quotients = sorted(other / mine for mine, other in pairs)
     mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -102,7 +102,7 @@ def main() -> int:
                 functools.partial(seconds_to_first_byte, command(path, options.threads))
                 for command in (ours, THEIRS)
             )
-            pairs = ratios(mine, other, options.rounds)
+            pairs = timed_alternately(mine, other, options.rounds)
             print(row(f"{path.stem}, {label}", pairs), flush=True)
     return 0
 

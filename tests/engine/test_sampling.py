@@ -12,6 +12,8 @@ import pytest
 from smolrun.engine.sampling import (
     Sampler,
     SamplingParameters,
+    likeliest,
+    nucleus,
     sampling_parameters,
     uniform,
 )
@@ -75,6 +77,24 @@ def test_draws_follow_the_definition(setting: dict[str, Any], scale: float) -> N
     chi = sum((s - e * 4000) ** 2 / (e * 4000) for s, e in zip(seen, cells, strict=True) if e > 0)
     freedom = max(sum(e > 0 for e in cells) - 1, 1)
     assert chi < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("spread", [0, 0.1, 1, 3, 10])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_large_vocabularies_are_cut_as_by_sorting(spread: float, rounded: bool) -> None:
+    """Ties included, of which `rounded` makes many; of equal ones the first are kept."""
+    generator = np.random.default_rng(3)
+    for size in (1, 63, 64, 3000, 49152):
+        logits = (spread * generator.standard_normal(size)).astype(np.float32)
+        logits = np.round(logits) if rounded else logits
+        order = np.argsort(-logits, kind="stable")
+        for count in {1, 2, 40, 300, size // 2, size} & set(range(1, size + 1)):
+            assert likeliest(logits, count).tolist() == sorted(order[:count].tolist())
+        weights = np.exp(logits - logits.max()).astype(np.float64)
+        cumulative = np.cumsum(weights[order])
+        for top_p in (1e-9, 0.5, 0.95, 0.9999):
+            count = int((cumulative < top_p * cumulative[-1]).sum()) + 1
+            assert nucleus(weights, top_p).tolist() == sorted(order[:count].tolist())
 
 
 def test_ties_are_broken_by_the_lower_id() -> None:

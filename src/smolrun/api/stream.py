@@ -58,6 +58,7 @@ class Stream(Iterator[Event]):
 
     def result(self) -> Result:
         """Wait for the end and return the whole answer. Whoever is interrupted cancels it."""
+        self._request.skip_to_end()
         try:
             for event in self:
                 if isinstance(event, EndEvent):

@@ -239,7 +239,7 @@ class Engine:
 
     def _step(self, chunks: list[Chunk]) -> None:
         """Compute chunks and hand out what comes of them."""
-        rows = [chunk for chunk in chunks if chunk.wants_logits]
+        rows = sum(chunk.wants_logits for chunk in chunks)
         try:
             for chunk in chunks:
                 assert chunk.sequence.table is not None
@@ -251,7 +251,7 @@ class Engine:
                 step.sequences,
                 step.block_tables,
                 step.logit_rows,
-                self._logits[: len(rows)],
+                self._logits[:rows],
             )
         except Exception as error:
             # Each alone computes the same bits: only who fails alone is at fault.
@@ -262,9 +262,10 @@ class Engine:
                 self._fail(chunks[0].sequence, error)
             return
         self._counts["steps"] += 1
+        logits = iter(self._logits)
         for chunk in chunks:
             try:
-                self._advance(chunk, self._logits[rows.index(chunk)] if chunk in rows else None)
+                self._advance(chunk, next(logits) if chunk.wants_logits else None)
             except Exception as error:
                 self._fail(chunk.sequence, error)
 

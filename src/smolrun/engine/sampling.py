@@ -276,12 +276,12 @@ def _draw(logits: Float32Array, parameters: SamplingParameters, random: float) -
     scaled = logits - logits.max()
     tokens: npt.NDArray[np.int64] | None = None
     if 0 < parameters.top_k < len(logits):
-        tokens = _likeliest(logits, parameters.top_k)
+        tokens = likeliest(logits, parameters.top_k)
         scaled = scaled[tokens]
     scaled *= np.float32(1 / parameters.temperature)
     weights = np.exp(scaled, out=scaled).astype(np.float64)  # relative to the likeliest token
     if parameters.top_p < 1:
-        kept = _nucleus(weights, parameters.top_p)
+        kept = nucleus(weights, parameters.top_p)
         tokens = kept if tokens is None else tokens[kept]
         weights = weights[kept]
     if parameters.min_p > 0:
@@ -307,28 +307,72 @@ def _pick(weights: npt.NDArray[np.float64], random: float) -> int:
     return int(starts[piece] + np.searchsorted(inside, target, side="right"))
 
 
-def _likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+_ROWS = 64
+
+
+def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
     """Places of the `count` highest values, rising; of equal ones the first."""
+    columns = len(values) // _ROWS
+    if count <= columns:
+        # `count` columns reach this, so what is below it is not among the highest.
+        highest = values[: _ROWS * columns].reshape(_ROWS, columns).max(axis=0)
+        least = np.partition(highest, columns - count)[columns - count]
+        places = np.flatnonzero(values >= least)
+        return places[_highest(values[places], count)]
+    return _highest(values, count)
+
+
+def _highest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
     edge = np.partition(values, len(values) - count)[len(values) - count]
+    return _from_edge(values, edge, int(np.count_nonzero(values >= edge)) - count)
+
+
+def _from_edge(values: npt.NDArray[Any], edge: float, surplus: int) -> npt.NDArray[np.int64]:
+    """Places of the values not below `edge`, but for the last `surplus` of those equal to it."""
     places = np.flatnonzero(values >= edge)
-    if len(places) > count:
+    if surplus:
         tied = np.flatnonzero(values[places] == edge)
-        places = np.delete(places, tied[len(tied) - (len(places) - count) :])
+        places = np.delete(places, tied[len(tied) - surplus :])
     return places
 
 
-def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
-    """Places of the fewest weights that together reach `top_p` of the whole, rising."""
+_LIKELY = math.exp(-8)
+_MOST_SORTED = 8192
+# Bins of weights at most 1: by their exponent, down to 2**-24, and 7 bits below it.
+_BIN_SHIFT = 52 - 7
+_BINS = 24 << 7
+_ONE = int(np.array(1.0).view(np.int64))
+
+
+def nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Places of the fewest weights that together reach `top_p` of the whole, rising.
+
+    The highest weight is 1.
+    """
     mass = top_p * weights.sum()
-    # Nearly always the nucleus lies among the few weights above e**-8 of the likeliest.
-    for least in (math.exp(-8), 0.0):
-        candidates = np.flatnonzero(weights >= least)
-        falling = np.sort(weights[candidates])[::-1]
-        cumulative = np.cumsum(falling)
-        if cumulative[-1] >= mass:
-            break
-    count = min(int(np.searchsorted(cumulative, mass)) + 1, len(candidates))
-    return candidates[_likeliest(weights[candidates], count)]
+    # Nearly always the nucleus lies among few weights; only these are sorted.
+    likely = np.flatnonzero(weights >= _LIKELY)
+    if len(likely) <= _MOST_SORTED:
+        found = weights[likely]
+        if found.sum() >= mass:
+            return likely[_from_edge(found, *_edge(found, mass))]
+    # Else the sums of bins tell in which one the edge is, and only that one is sorted.
+    bins = np.minimum((_ONE - weights.view(np.int64)) >> _BIN_SHIFT, _BINS - 1)
+    sums = np.cumsum(np.bincount(bins, weights))
+    edge_bin = min(int(np.searchsorted(sums, mass)), int(bins.max()))
+    above = float(sums[edge_bin - 1]) if edge_bin else 0.0
+    return _from_edge(weights, *_edge(weights[bins == edge_bin], mass, above))
+
+
+def _edge(weights: npt.NDArray[np.float64], mass: float, above: float = 0.0) -> tuple[float, int]:
+    """The weight with which a falling sum that starts at `above` reaches `mass`.
+
+    And how many that are equal to it come after it.
+    """
+    falling = np.sort(weights)[::-1]
+    place = min(int(np.searchsorted(above + np.cumsum(falling), mass)), len(falling) - 1)
+    edge = float(falling[place])
+    return edge, int(np.count_nonzero(falling[place + 1 :] == edge))
 
 
 def _with_logprobs(token: int, logits: Float32Array, count: int) -> SampledToken:
@@ -336,8 +380,8 @@ def _with_logprobs(token: int, logits: Float32Array, count: int) -> SampledToken
     log_total = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
     top: list[int] = []
     if count:
-        likeliest = _likeliest(logits, count)
-        top = likeliest[np.argsort(-logits[likeliest], kind="stable")].tolist()
+        tokens = likeliest(logits, count)
+        top = tokens[np.argsort(-logits[tokens], kind="stable")].tolist()
     return SampledToken(
         id=token,
         logprob=float(logits[token]) - log_total,

@@ -97,6 +97,7 @@ class Sequence:
         self.computed = 0  # leading tokens whose K and V are in the cache
         self.cached_tokens = 0
         self.cancelled = False  # set by any thread, read by the loop
+        self.ending_only = False  # the same: the caller is not told what comes before the end
         # Events for the caller: ("event", it), then ("error", exception) or ("end", None).
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.submitted = time.perf_counter()
@@ -128,9 +129,12 @@ class Sequence:
         return "length" if len(self.tokens) >= self.limit else None
 
     def emit(self, events: Iterable[Any]) -> None:
-        """Hand events to the caller."""
-        for event in events:
-            self.events.put(("event", event))
+        """Hand events to the caller, unless it only waits for the end.
+
+        Waking the caller's thread for each token costs as much as everything else beside the step.
+        """
+        if not self.ending_only:
+            self._put(events)
 
     def fail(self, error: Exception) -> None:
         """Hand the caller an error, the last thing it sees."""
@@ -138,8 +142,12 @@ class Sequence:
 
     def finish(self, ending: Ending) -> None:
         """Hand the caller the last events."""
-        self.emit(self.output.finish(ending))
+        self._put(self.output.finish(ending))
         self.events.put(("end", None))
+
+    def _put(self, events: Iterable[Any]) -> None:
+        for event in events:
+            self.events.put(("event", event))
 
     def ending(self, reason: FinishReason) -> Ending:
         """The account of the whole request."""
@@ -188,6 +196,10 @@ class Request:
         if kind == "error":
             raise value
         raise StopIteration
+
+    def skip_to_end(self) -> None:
+        """From now on, have no events but the last ones, which `Output.finish` makes."""
+        self._sequence.ending_only = True
 
     def cancel(self) -> None:
         """End the request within a step; what was generated until then still comes out."""
