@@ -76,6 +76,7 @@ NB_MODULE(_core, module) {
                nb::arg("read_bytes") = int64_t{256} << 20);
     bind_runner(module);
     bind_kernels(module);
+    bind_quantize(module);
 
     // Runs after non-daemon threads have been joined, when only the exiting thread still matters.
     nb::module_::import_("atexit").attr("register")(nb::cpp_function([] {

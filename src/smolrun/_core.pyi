@@ -37,6 +37,20 @@ def ceilings(
     instruction set lacks are left out. ValueError for a number out of range.
     """
 
+def quantize(
+    isa: str,
+    type: str,
+    source_type: str,
+    source: _Bytes,
+    importance: _Floats | None,
+    out: _Bytes,
+) -> None:
+    """Float rows into blocks: source [rows, bytes of a row], out [rows, bytes of a row of blocks].
+
+    importance [columns] says how much an error in each column counts. ValueError for a source that
+    is not finite or too large for the type, naming its row, and for shapes that do not agree.
+    """
+
 class _Profile(TypedDict):
     nanoseconds: int  # of the whole step
     ends: list[list[int]]  # [thread][operation], after the step's start; -1: it had no part in it

@@ -1,0 +1,59 @@
+#include "quantize.h"
+
+#include <algorithm>
+#include <bit>
+#include <vector>
+
+#include "dispatch.h"
+#include "pack.h"
+
+namespace smolrun {
+namespace {
+
+// Floats that are quantized at a time: they stay in the first-level cache.
+constexpr int64_t kChunkFloats = 4096;
+
+const Quantizers& quantizers_of(std::string_view isa) {
+    const std::string_view name = kernels_of(isa).name;
+#ifdef SMOLRUN_X86
+    for (const Quantizers* found : {&kAvx2Quantizers, &kAvx512Quantizers}) {
+        if (name == found->name) return *found;
+    }
+#endif
+    return kScalarQuantizers;
+}
+
+bool is_finite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+
+bool all_finite(const float* x, int64_t count) {
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) finite &= is_finite(x[i]);
+    return finite;
+}
+
+}  // namespace
+
+QuantizeResult quantize_rows(std::string_view isa, const Matrix& source, const float* importance,
+                             WeightType type, std::byte* out) {
+    const int64_t columns = source.columns;
+    const Quantize quantize = quantizers_of(isa).quantize[static_cast<int>(type)];
+    const Kernels::Dequantize read = kernels_of(isa).dequantize[static_cast<int>(source.type)];
+    const int64_t most = std::max<int64_t>(1, kChunkFloats / columns);
+    std::vector<float> values(static_cast<std::size_t>(most * columns));
+    for (int64_t row = 0; row < source.rows; row += most) {
+        const int64_t rows = std::min(most, source.rows - row);
+        for (int64_t i = 0; i < rows; ++i) read(source, row + i, values.data() + i * columns);
+        if (!all_finite(values.data(), rows * columns)) {
+            const auto bad = std::find_if_not(values.begin(), values.end(), is_finite);
+            const int64_t at = bad - values.begin();
+            return {QuantizeResult::not_finite, row + at / columns, at % columns};
+        }
+        if (!quantize(
+                {values.data(), importance, rows, columns, out + row * row_bytes(type, columns)})) {
+            return {QuantizeResult::too_large, row, 0};
+        }
+    }
+    return {QuantizeResult::done, 0, 0};
+}
+
+}  // namespace smolrun
