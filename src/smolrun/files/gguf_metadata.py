@@ -119,8 +119,9 @@ def _names(checkpoint: Checkpoint) -> dict[str, TypedValue]:
     """Name, size and origin: what README.md says, else what the folder's name tells."""
     folder = checkpoint.folder
     name = _repository_name(folder)
-    parts = {"name": title(name), "size_label": size_label(checkpoint.config.num_parameters)}
-    parts |= name_parts(name)
+    parameters = checkpoint.config.num_parameters
+    parts = {"name": title(name), "size_label": size_label(parameters)}
+    parts |= name_parts(name, parameters)
     found = {f"general.{key}": TypedValue("string", text) for key, text in parts.items()}
     return found | card_metadata(read_card(folder))
 
@@ -162,8 +163,10 @@ def _sizes(config: ModelConfig, values: Mapping[str, object]) -> dict[str, Typed
         if scaling.attention_factor is not None:
             factor = TypedValue("f32", scaling.attention_factor)
             found["rope.scaling.yarn_attn_factor"] = factor
-        found["rope.scaling.yarn_beta_fast"] = TypedValue("f32", scaling.beta_fast)
-        found["rope.scaling.yarn_beta_slow"] = TypedValue("f32", scaling.beta_slow)
+        given = values.get("rope_scaling") or values.get("rope_parameters")
+        for name in ("beta_fast", "beta_slow"):
+            if isinstance(given, Mapping) and given.get(name) is not None:
+                found[f"rope.scaling.yarn_{name}"] = TypedValue("f32", getattr(scaling, name))
     return {f"{config.model_type}.{key}": value for key, value in found.items()}
 
 

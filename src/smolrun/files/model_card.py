@@ -134,23 +134,26 @@ def title(name: str) -> str:
     )
 
 
-def name_parts(name: str) -> dict[str, str]:
+def name_parts(name: str, parameters: int | None = None) -> dict[str, str]:
     """GGUF's parts of a model's name: SmolLM2-135M-Instruct -> basename, size_label, finetune.
 
-    Empty where the name has no part that is a size.
+    Empty where the name has no part that is a size, or one that is far from `parameters`.
     """
     parts = [part for part in name.split("-") if part]
-    sizes = [
-        n for n, part in enumerate(parts) if n and re.fullmatch(r"\d+([._]\d+)?[KMBT]", part, re.I)
-    ]
+    is_size = re.compile(r"(\d+(?:[._]\d+)?)([KMBT])", re.IGNORECASE)
+    sizes = [(n, match) for n, part in enumerate(parts) if n and (match := is_size.fullmatch(part))]
     if not sizes:
         return {}
-    size = sizes[0]
-    versions = [part for part in parts[size + 1 :] if re.fullmatch(r"v\d+(\.\d+)*", part, re.I)]
-    rest = [part for part in parts[size + 1 :] if part not in versions]
+    place, match = sizes[0]
+    label = (match[1].replace("_", ".") + match[2]).upper()
+    size = float(label[:-1]) * 1000 ** (1 + "KMBT".index(label[-1]))
+    if parameters is not None and abs(size - parameters) > 7 / 8 * parameters:
+        return {}
+    versions = [part for part in parts[place + 1 :] if re.fullmatch(r"v\d+(\.\d+)*", part, re.I)]
+    rest = [part for part in parts[place + 1 :] if part not in versions]
     found = {
-        "basename": "-".join(parts[:size]),
-        "size_label": parts[size].replace("_", ".").upper(),
+        "basename": "-".join(parts[:place]),
+        "size_label": label,
         "finetune": "-".join(rest),
         "version": "-".join(versions),
     }
