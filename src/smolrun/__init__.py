@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from smolrun.api import (
         ChoiceScore,
-        Converted,
         EndEvent,
         Model,
         ModelConfig,
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
         Timings,
         TokenLogprob,
         Usage,
-        convert,
     )
+    from smolrun.api.conversion import Converted, convert
     from smolrun.errors import (
         ContextLengthError,
         DownloadError,
@@ -79,7 +78,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'smolrun' has no attribute {name!r}")
     from importlib import import_module
 
-    module = "smolrun.errors" if name.endswith("Error") else "smolrun.api"
+    if name in ("Converted", "convert"):
+        module = "smolrun.api.conversion"
+    else:
+        module = "smolrun.errors" if name.endswith("Error") else "smolrun.api"
     value: object = getattr(import_module(module), name)
     globals()[name] = value
     return value

@@ -327,11 +327,19 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert hub_folder() == tmp_path / "xdg" / "huggingface" / "hub"
 
 
-def test_names_import_no_hub_library() -> None:
-    script = (
-        "import sys; from smolrun.files import names; "
-        "print([m for m in ('huggingface_hub', 'httpx', 'requests', 'numpy') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("from smolrun.files import names", ["huggingface_hub", "httpx", "requests", "numpy"]),
+        # What a start from a file has no use for.
+        (
+            "from smolrun import Model; from smolrun.text import chat, sandbox, tokenizer",
+            ["subprocess", "socket", "zipfile", "urllib.request", "tokenizers", "asyncio"],
+        ),
+    ],
+)
+def test_imports_bring_no_more_than_they_need(statement: str, absent: list[str]) -> None:
+    script = f"import sys; {statement}; print([m for m in {absent} if m in sys.modules])"
     source = Path(names.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -1,6 +1,5 @@
-"""What a user imports."""
+"""What a user imports to talk to models; `conversion` is beside it."""
 
-from smolrun.api.conversion import convert
 from smolrun.api.model import DEFAULT_MODEL, Messages, Model
 from smolrun.api.stream import SamplingArguments, Stream
 from smolrun.engine.answer import (
@@ -15,13 +14,11 @@ from smolrun.engine.answer import (
 )
 from smolrun.engine.likelihood import ChoiceScore, Perplexity
 from smolrun.engine.sequence import Timings
-from smolrun.files.convert import Converted
 from smolrun.model.config import ModelConfig
 
 __all__ = [
     "DEFAULT_MODEL",
     "ChoiceScore",
-    "Converted",
     "EndEvent",
     "Event",
     "Messages",
@@ -37,5 +34,4 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Usage",
-    "convert",
 ]

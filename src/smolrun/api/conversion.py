@@ -11,6 +11,8 @@ from smolrun.files.convert import Converted, Progress, convert_files
 from smolrun.files.names import resolve
 from smolrun.quant.types import WeightType
 
+__all__ = ["Converted", "convert"]
+
 
 def convert(
     model: str | os.PathLike[str],

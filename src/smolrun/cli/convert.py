@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run the verb."""
-    from smolrun.api import convert
+    from smolrun.api.conversion import convert
 
     path = options.resolved(arguments.model, arguments, console)
     converted = convert(

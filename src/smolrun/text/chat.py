@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import RequestError, TemplateError
-from smolrun.text import probe as trial
 from smolrun.text.messages import MessageStyle, normalize_messages
 
 if TYPE_CHECKING:
@@ -89,6 +88,8 @@ class ChatTemplate:
         """
         known = hashlib.sha256(self.source.strip().encode("utf-8", "replace")).hexdigest()
         if known not in _KNOWN_TEMPLATES:
+            from smolrun.text import probe as trial
+
             trial.probe(self.source, self._special, self.origin)
 
     def render(
