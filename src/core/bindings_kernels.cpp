@@ -96,17 +96,18 @@ void py_pack(const std::string& name, int64_t rows, int64_t columns, nb::handle 
 
 // The codes of some tokens' inputs, as a step of a model prepares them.
 struct QuantizedInputs {
-    std::vector<int16_t> codes;
-    std::vector<float> scales;
-    std::vector<int32_t> sums;
+    int64_t panel;
+    std::vector<WordPiece> words;
+    std::vector<WordScale> scales;
 
     QuantizedInputs(const Kernels& with, const float* x, int64_t tokens, int64_t columns)
-        : codes(static_cast<std::size_t>(tokens * columns)),
-          scales(static_cast<std::size_t>(tokens * columns / 32)),
-          sums(static_cast<std::size_t>(tokens * columns / 16)) {
+        : panel(std::clamp<int64_t>(tokens, 1, kPanelTokens)),
+          words(static_cast<std::size_t>((tokens + panel) * columns / 32)),
+          scales(words.size()) {
         for (int64_t t = 0; t < tokens; ++t) {
-            with.quantize(x + t * columns, columns, codes.data() + t * columns,
-                          scales.data() + t * columns / 32, sums.data() + t * columns / 16);
+            const int64_t first = t / panel * panel * (columns / 32) + t % panel;
+            with.quantize(x + t * columns, columns, panel, words.data() + first,
+                          scales.data() + first);
         }
     }
 };
@@ -145,7 +146,7 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
 
     nb::gil_scoped_release unlocked;
     const Matrix weights{type, rows, columns, bytes.data<std::byte>()};
-    Activations activations{columns, values.data<float>(), nullptr, nullptr, nullptr, nullptr};
+    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr};
     std::vector<BytePiece> pieces;
     std::optional<QuantizedInputs> quantized;
     if (fast) {
@@ -153,9 +154,9 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
         activations.bytes = pieces.data();
     } else if (!is_float(type)) {
         quantized.emplace(with, activations.values, tokens, columns);
-        activations.codes = quantized->codes.data();
+        activations.panel = quantized->panel;
+        activations.words = quantized->words.data();
         activations.scales = quantized->scales.data();
-        activations.sums = quantized->sums.data();
     }
     struct Free {
         void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -188,8 +189,12 @@ void py_quantize(const std::string& isa, nb::handle x, nb::handle codes, nb::han
     const Array to_codes = output(codes, "codes", Element::int16, {columns});
     const Array to_scales = output(scales, "scales", Element::float32, {columns / 32});
     const Array to_sums = output(sums, "sums", Element::int32, {columns / 16});
-    with.quantize(values.data<float>(), columns, to_codes.data<int16_t>(), to_scales.data<float>(),
-                  to_sums.data<int32_t>());
+    const QuantizedInputs quantized(with, values.data<float>(), 1, columns);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(columns / 32); ++i) {
+        std::copy_n(quantized.words[i].codes, 32, to_codes.data<int16_t>() + 32 * i);
+        to_scales.data<float>()[i] = quantized.scales[i].scale;
+        std::copy_n(quantized.scales[i].sums, 2, to_sums.data<int32_t>() + 2 * i);
+    }
 }
 
 void py_quantize_bytes(const std::string& isa, nb::handle x, nb::handle codes, nb::handle scales,

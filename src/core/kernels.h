@@ -13,11 +13,12 @@
 // activations of 32 neighbours as s * code, a sub-block (32 weights; 16 of Q2_K, Q3_K, Q6_K) adds
 //
 //     total = fma(scale * s, float(dot), total)        dot = sum of code * code, exact
-//     total = fma(minimum * s, float(sum), total)      types with a minimum; sum of `sums`
+//     total = fma(minimum, s * float(sum), total)      types with a minimum; sum of the codes
 //
-// in the order of the blocks. An offset may be taken out of unsigned codes as offset * sum. Integer
-// scales may instead be folded into the dot of 32 weights, where it fits 32 bits. At most, with
-// |activation code| <= 32767:
+// in the order of the blocks. Where 32 weights have two scales, they may instead be added at once:
+// fma(s, fma(second scale, second dot, first scale * first dot), total). An offset may be taken out
+// of unsigned codes as offset * sum. Integer scales may instead be folded into the dot of 32
+// weights, where it fits 32 bits. At most, with |activation code| <= 32767:
 //
 //     type           |code|   dot of its sub-block   dot * integer scale, over 32 weights
 //     Q4_0, Q4_1      8, 15    15.8e6                 no integer scale
@@ -69,19 +70,37 @@ struct alignas(64) BytePiece {
     float unused[3];
 };
 
-// Inputs of a product, one row per token.
+// 32 inputs of one token, rounded to 16 bits: value = scale * code. Codes stand in quad order,
+// ready to be multiplied in pairs: weights 4i, 4i+2, 4i+1, 4i+3. A cache line, at a multiple of 64
+// bytes.
+struct alignas(64) WordPiece {
+    int16_t codes[32];
+};
+
+// What goes with a WordPiece.
+struct WordScale {
+    float scale;
+    float scaled_sum;      // scale * (sums[0] + sums[1])
+    float scaled_sums[2];  // scale * sums[0], scale * sums[1]
+    int32_t sums[2];       // of the codes of each half
+};
+
+// Inputs of a product.
 //
 // Products of float weights read `values`. Products of quantized weights read the same numbers
-// rounded to 16 bits per block of 32: value = scale * code. Codes stand in quad order, ready to be
-// multiplied in pairs: weights 4i, 4i+2, 4i+1, 4i+3.
+// rounded to 16 bits, in panels: the same piece of all tokens of a panel stands together. Then a
+// tile of tokens reads one stretch of memory, where rows of a power of two, one after the other,
+// would all want the same few lines of the cache.
 struct Activations {
     int64_t columns;
-    const float* values;     // [tokens][columns]
-    const int16_t* codes;    // [tokens][columns]
-    const float* scales;     // [tokens][columns/32]
-    const int32_t* sums;     // [tokens][columns/16], sum of the codes of 16 neighbours
-    const BytePiece* bytes;  // [tokens][columns/32], for fast products only
+    const float* values;      // [tokens][columns]
+    int64_t panel;            // tokens in a panel, 1 to kPanelTokens; the last may have fewer
+    const WordPiece* words;   // [panels][columns/32][panel]
+    const WordScale* scales;  // [panels][columns/32][panel]
+    const BytePiece* bytes;   // [tokens][columns/32], for fast products only
 };
+
+inline constexpr int64_t kPanelTokens = 24;
 
 // Attention sums block by block within a segment, and then segment by segment: segments of one
 // token may be computed by several threads.
@@ -129,13 +148,14 @@ struct Kernels {
     // The fast product. Null for float types, and where it would be no faster.
     Linear fast_linear[kWeightTypes];
 
-    // x[columns] -> codes[columns] in quad order, scales[columns/32], sums[columns/16].
+    // x[columns] -> words[columns/32], scales[columns/32], each `panel` apart.
     // columns is a multiple of 32. scale = max|x| / 32767; code = x * (32767 / max|x|), rounded to
     // nearest even, so never -32768. A block whose scale would be below the smallest normal float
     // (max|x| < 3.9e-34) counts as zero: scale and codes 0. A block that holds a non-finite value
     // gets a NaN scale and codes 0, so that whatever is computed from it is NaN too and is caught
     // at the logits.
-    void (*quantize)(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums);
+    void (*quantize)(const float* x, int64_t columns, int64_t panel, WordPiece* words,
+                     WordScale* scales);
 
     // x[columns] -> pieces[columns/32], likewise: scale = max|x| / 127 of each 16.
     void (*quantize_bytes)(const float* x, int64_t columns, BytePiece* pieces);

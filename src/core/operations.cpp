@@ -21,6 +21,7 @@ struct Tiling {
     int64_t tokens;
     int64_t rows;
     int64_t tile_tokens;
+    int64_t panel;  // tile_tokens is a multiple of it, unless there is but one tile
     int64_t chunk_rows;
     int64_t row_chunks;
     int64_t chunks;
@@ -40,19 +41,23 @@ struct Tiling {
 
 // unit: rows that a chunk is a multiple of; 0 chooses.
 Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int threads) {
-    const int64_t cached = std::max<int64_t>(16, kTileBytes / (columns * 2) / 16 * 16);
+    const auto in_panels = [](int64_t most) {
+        return most < kPanelTokens ? most : most / kPanelTokens * kPanelTokens;
+    };
+    const int64_t cached = std::max(kPanelTokens, in_panels(kTileBytes / (columns * 2)));
     Tiling t{};
     t.tokens = tokens;
     t.rows = rows;
     t.tile_tokens = std::min(tokens, cached);
     if (unit > 0) {
         t.chunk_rows = unit;
-        t.tile_tokens = std::min(t.tile_tokens, std::max<int64_t>(1, kProductFloats / unit));
+        t.tile_tokens = std::min(t.tile_tokens, in_panels(kProductFloats / unit));
     } else {
         const int64_t most = kProductFloats / t.tile_tokens / kGroupRows * kGroupRows;
         const int64_t fair = round_up(ceil_div(rows, threads * kChunksPerThread), kGroupRows);
         t.chunk_rows = std::clamp(fair, kGroupRows, std::max(kGroupRows, most));
     }
+    t.panel = std::min(t.tile_tokens, kPanelTokens);
     t.row_chunks = ceil_div(rows, t.chunk_rows);
     t.chunks = ceil_div(tokens, t.tile_tokens) * t.row_chunks;
     return t;
@@ -64,7 +69,7 @@ int64_t token_chunk(int64_t tokens, int threads) {
 }
 
 void prepare_input(const LinkedInput& input, const StepContext& step, int64_t source_token,
-                   int64_t token, const InputScratch& scratch) {
+                   int64_t token, int64_t panel, const InputScratch& scratch) {
     const int64_t columns = input.buffer.width;
     const float* values = input.buffer.data + source_token * columns;
     if (input.norm != nullptr) {
@@ -73,24 +78,24 @@ void prepare_input(const LinkedInput& input, const StepContext& step, int64_t so
         values = normalized;
     }
     if (input.quantize) {
-        step.kernels.quantize(values, columns, scratch.codes + token * columns,
-                              scratch.scales + token * (columns / 32),
-                              scratch.sums + token * (columns / 16));
+        const int64_t first = token / panel * panel * (columns / 32) + token % panel;
+        step.kernels.quantize(values, columns, panel, scratch.words + first,
+                              scratch.scales + first);
     }
     if (input.quantize_bytes) {
         step.kernels.quantize_bytes(values, columns, scratch.bytes + token * (columns / 32));
     }
 }
 
-// Prepared inputs from one token on.
+// Prepared inputs from the first token of a panel on.
 Activations view(const LinkedInput& input, const InputScratch& scratch, const float* values,
-                 int64_t token) {
+                 int64_t panel, int64_t token) {
     const int64_t columns = input.buffer.width;
     return {columns,
             values + token * columns,
-            scratch.codes + token * columns,
+            panel,
+            scratch.words + token * (columns / 32),
             scratch.scales + token * (columns / 32),
-            scratch.sums + token * (columns / 16),
             scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32)};
 }
 
@@ -101,18 +106,20 @@ Activations view(const LinkedInput& input, const InputScratch& scratch, const fl
 // one that does it.
 template <class SourceToken, class Work>
 void product_phase(const LinkedInput& input, const StepContext& step, Worker& worker,
-                   int64_t tokens, int64_t chunks, SourceToken&& source_token, Work&& work) {
+                   int64_t tokens, int64_t panel, int64_t chunks, SourceToken&& source_token,
+                   Work&& work) {
     const bool alone = tokens == 1;
     const InputScratch& scratch =
         alone ? step.scratch.threads[static_cast<size_t>(worker.index())].input
               : step.scratch.input;
     const float* const values = input.norm != nullptr ? scratch.values : input.buffer.data;
     const auto multiply = [&](int64_t chunk) {
-        work(chunk, [&](int64_t token) { return view(input, scratch, values, token); });
+        work(chunk, [&](int64_t token) { return view(input, scratch, values, panel, token); });
     };
     if (alone) {
         worker.phase(
-            chunks, [&] { prepare_input(input, step, source_token(0), 0, scratch); }, multiply);
+            chunks, [&] { prepare_input(input, step, source_token(0), 0, panel, scratch); },
+            multiply);
         return;
     }
     if (input.norm != nullptr || input.quantize || input.quantize_bytes) {
@@ -120,7 +127,7 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
         worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
             const int64_t end = std::min(tokens, (chunk + 1) * group);
             for (int64_t token = chunk * group; token < end; ++token) {
-                prepare_input(input, step, source_token(token), token, scratch);
+                prepare_input(input, step, source_token(token), token, panel, scratch);
             }
         });
     }
@@ -197,8 +204,8 @@ void run(const NormQkv& op, const StepContext& step, Worker& worker) {
 
     // K and V first: their chunks are the longer ones.
     product_phase(
-        op.input, step, worker, tokens, kv_tiling.chunks + q_tiling.chunks, kSameToken,
-        [&](int64_t chunk, auto&& inputs) {
+        op.input, step, worker, tokens, q_tiling.panel, kv_tiling.chunks + q_tiling.chunks,
+        kSameToken, [&](int64_t chunk, auto&& inputs) {
             const ThreadScratch& scratch = own(step, worker);
             if (chunk < kv_tiling.chunks) {
                 const Tiling::Part part = kv_tiling.part(chunk);
@@ -317,7 +324,7 @@ void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
     const Tiling tiling =
         tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, worker.threads());
-    product_phase(op.input, step, worker, tokens, tiling.chunks, kSameToken,
+    product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
@@ -335,7 +342,7 @@ void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
     const Tiling tiling =
         tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, worker.threads());
-    product_phase(op.input, step, worker, tokens, tiling.chunks, kSameToken,
+    product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
@@ -360,7 +367,7 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
     const int64_t vocab_size = op.matrix.weights.rows;
     const Tiling tiling = tile(rows, vocab_size, columns, 0, worker.threads());
     const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
-    product_phase(op.input, step, worker, rows, tiling.chunks, source_token,
+    product_phase(op.input, step, worker, rows, tiling.panel, tiling.chunks, source_token,
                   [&](int64_t chunk, auto&& inputs) {
                       const Tiling::Part part = tiling.part(chunk);
                       const Activations x = inputs(part.token_begin);

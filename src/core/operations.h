@@ -95,11 +95,10 @@ using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu,
 
 // Inputs of a product, prepared: room for some tokens.
 struct InputScratch {
-    float* values;     // [tokens][columns]
-    int16_t* codes;    // [tokens][columns]
-    float* scales;     // [tokens][columns / 32]
-    int32_t* sums;     // [tokens][columns / 16]
-    BytePiece* bytes;  // [tokens][columns / 32]; null where no product is fast
+    float* values;      // [tokens][columns]
+    WordPiece* words;   // [panels][columns / 32][panel]
+    WordScale* scales;  // [panels][columns / 32][panel]
+    BytePiece* bytes;   // [tokens][columns / 32]; null where no product is fast
 };
 
 // What one thread needs for itself.

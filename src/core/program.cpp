@@ -75,15 +75,14 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
     const bool fast = spec.activations == "fast";
     const auto input = [&](int64_t tokens) {
         return InputScratch{layout.array<float>(tokens * columns),
-                            layout.array<int16_t>(tokens * columns),
-                            layout.array<float>(tokens * (columns / 32 + 1)),
-                            layout.array<int32_t>(tokens * (columns / 16 + 1)),
+                            layout.array<WordPiece>(tokens * (columns / 32 + 1)),
+                            layout.array<WordScale>(tokens * (columns / 32 + 1)),
                             fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr};
     };
     for (const auto& [name, width] : spec.buffers) {
         buffers[name] = {layout.array<float>(d.max_step_tokens * width), width};
     }
-    scratch.input = input(d.max_step_tokens);
+    scratch.input = input(d.max_step_tokens + kPanelTokens);  // the last panel may not be full
     scratch.partials =
         layout.array<float>(kMostSegments * d.num_attention_heads * (d.head_dim + kPartialExtra));
     scratch.cosine = layout.array<float>(d.max_step_tokens * (d.head_dim / 2));

@@ -15,10 +15,12 @@ namespace smolrun {
 namespace {
 
 constexpr int kLanes = 8;
-// Two vectors are the rows of a group. The float totals do not fit the 16 registers, and are spilt
+// Tokens in a tile of an exact product. The float totals do not fit the 16 registers, and are spilt
 // between pieces.
+constexpr int kTileTokens = 8;
+constexpr int kSubBlockTileTokens = 8;
+// Two vectors are the rows of a group.
 constexpr int kTileVectors = 2;
-constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 2;
 constexpr int kFewTokens = 2;
 constexpr int kByteTileTokens = 4;

@@ -23,10 +23,12 @@ namespace smolrun {
 namespace {
 
 constexpr int kLanes = 16;
-// Tiles of a product of quantized weights: row vectors x tokens. 2 x 6 integer and 2 x 6 float
-// totals leave 8 of the 32 registers for codes and scales.
+// Tokens in a tile of an exact product: 12 integer and 12 float totals leave 8 of the 32 registers
+// for codes and scales. Weights with two scales in a piece take another total for each token.
+constexpr int kTileTokens = 12;
+constexpr int kSubBlockTileTokens = 8;
+// Tiles of a fast product: row vectors.
 constexpr int kTileVectors = 2;
-constexpr int kTileTokens = 6;
 // So many tokens meet the codes as they are unpacked; and up to so many in all, in several passes,
 // do without a copy of unpacked codes.
 constexpr int kDirectTokens = 4;

@@ -45,15 +45,18 @@ float quantize_piece(const float* x, int16_t* codes) {
     return with.scale;
 }
 
-void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t panel, WordPiece* words, WordScale* scales) {
     for (int64_t piece = 0; piece < columns / kPieceWeights; ++piece) {
-        int16_t* piece_codes = codes + piece * kPieceWeights;
-        scales[piece] = quantize_piece(x + piece * kPieceWeights, piece_codes);
+        const int16_t (&codes)[32] = words[piece * panel].codes;
+        WordScale& with = scales[piece * panel];
+        with.scale = quantize_piece(x + piece * kPieceWeights, words[piece * panel].codes);
         for (int half = 0; half < 2; ++half) {
             int32_t sum = 0;
-            for (int i = 0; i < 16; ++i) sum += piece_codes[16 * half + i];
-            sums[2 * piece + half] = sum;
+            for (int i = 0; i < 16; ++i) sum += codes[16 * half + i];
+            with.sums[half] = sum;
+            with.scaled_sums[half] = with.scale * static_cast<float>(sum);
         }
+        with.scaled_sum = with.scale * static_cast<float>(with.sums[0] + with.sums[1]);
     }
 }
 

@@ -140,7 +140,7 @@ const std::byte* unpack(const std::byte* group, int64_t piece_of_row, Piece& out
 
 // Adds the product of one piece and 32 activations to the totals of 16 rows.
 template <WeightType type>
-void multiply(const Piece& piece, const int16_t* codes, const int32_t* sums, float scale,
+void multiply(const Piece& piece, const int16_t (&codes)[32], const WordScale& input,
               float (&totals)[kRows]) {
     constexpr PackedLayout at = packed_layout(type);
     for (int part = 0; part < kPiece / at.sub_block; ++part) {
@@ -151,14 +151,13 @@ void multiply(const Piece& piece, const int16_t* codes, const int32_t* sums, flo
             }
         }
         for (int row = 0; row < kRows; ++row) {
-            const float factor = piece.scales[part][row] * scale;
+            const float factor = piece.scales[part][row] * input.scale;
             totals[row] = std::fma(factor, static_cast<float>(dots[row]), totals[row]);
         }
         if constexpr (at.minimum >= 0) {
-            const int32_t sum = at.sub_block == 16 ? sums[part] : sums[0] + sums[1];
+            const float sum = at.sub_block == 16 ? input.scaled_sums[part] : input.scaled_sum;
             for (int row = 0; row < kRows; ++row) {
-                const float factor = piece.minimums[part][row] * scale;
-                totals[row] = std::fma(factor, static_cast<float>(sum), totals[row]);
+                totals[row] = std::fma(piece.minimums[part][row], sum, totals[row]);
             }
         }
     }
@@ -221,9 +220,9 @@ void quantized_linear(const Matrix& weights, const Activations& input, int64_t t
                         multiply_bytes<type>(piece, input.bytes[token * pieces + p], totals[t]);
                         continue;
                     }
-                    multiply<type>(piece, input.codes + token * columns + p * kPieceWeights,
-                                   input.sums + token * (columns / 16) + 2 * p,
-                                   input.scales[token * pieces + p], totals[t]);
+                    const int64_t at =
+                        (token / input.panel * pieces + p) * input.panel + token % input.panel;
+                    multiply<type>(piece, input.words[at].codes, input.scales[at], totals[t]);
                 }
             }
             const int64_t rows = std::min<int64_t>(kRows, row_end - row);

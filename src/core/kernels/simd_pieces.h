@@ -115,13 +115,28 @@ SMOLRUN_INLINE const std::byte* high_plane(const std::byte* block, int piece, in
     return block + at.high + piece * at.high_bits * kWordBytes + 4 * lane;
 }
 
-// Calls work.operator()<quad>(codes) for the quads of a piece. `lane`: the first row in the group.
-template <WeightType type, int quad = 0, class Work>
+// Asks for weights some way ahead of a piece. The scales of a block of several pieces stand at its
+// end, and are needed first: so they are asked for first, and the rest a part with each piece.
+template <WeightType type>
+SMOLRUN_INLINE void prefetch_ahead(const std::byte* block, int piece) {
+    using F = Format<type>;
+    if constexpr (F::block_pieces == 1) {
+        prefetch(block + kPrefetchBytes, F::block_bytes);
+    } else {
+        constexpr int64_t part = F::block_bytes / F::block_pieces;
+        constexpr int64_t blocks = (kPrefetchBytes + F::block_bytes - 1) / F::block_bytes;
+        const int64_t first = (piece + F::block_pieces - 1) % F::block_pieces * part;
+        prefetch(block + blocks * F::block_bytes + first, part);
+    }
+}
+
+// Calls work.operator()<quad>(codes) for some quads of a piece. `lane`: the first row in the group.
+template <WeightType type, int quad = 0, int end = kPieceQuads, class Work>
 SMOLRUN_INLINE void each_quad(const std::byte* block, int piece, int lane, Work& work) {
     const std::byte* low = low_plane<type>(block, piece, lane);
     const std::byte* high = high_plane<type>(block, piece, lane);
     work.template operator()<quad>(read_codes<type, quad>(low, high));
-    if constexpr (quad + 1 < kPieceQuads) each_quad<type, quad + 1>(block, piece, lane, work);
+    if constexpr (quad + 1 < end) each_quad<type, quad + 1, end>(block, piece, lane, work);
 }
 
 // weight = scale * sub_scale * code + minimum; sub_scale only where a piece has two.

@@ -29,24 +29,29 @@ SMOLRUN_INLINE Words rounded(Floats x, const Rounding& with) {
     return round_to_words(mul(x, broadcast(with.inverse)));
 }
 
-void quantize(const float* x, int64_t columns, int16_t* codes, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t panel, WordPiece* words, WordScale* scales) {
     constexpr int vectors = 32 / kLanes;
-    for (int64_t piece = 0; piece < columns / 32; ++piece, x += 32, codes += 32, sums += 2) {
+    for (int64_t piece = 0; piece < columns / 32;
+         ++piece, x += 32, words += panel, scales += panel) {
         Words magnitudes = zero_words();
         for (int v = 0; v < vectors; ++v) {
             magnitudes = max(magnitudes, magnitude(load(x + v * kLanes)));
         }
         const Rounding with = rounding(magnitudes, 32767.0f);
-        scales[piece] = with.scale;
+        scales->scale = with.scale;
         Words totals[2] = {zero_words(), zero_words()};
         for (int v = 0; v < vectors; ++v) {
             const Words some = rounded(load(x + v * kLanes), with);
-            store_codes(codes + v * kLanes, some);
+            store_codes(words->codes + v * kLanes, some);
             Words& total = totals[v * kLanes / 16];
             total = add(total, some);
         }
-        sums[0] = sum_lanes(totals[0]);
-        sums[1] = sum_lanes(totals[1]);
+        scales->sums[0] = sum_lanes(totals[0]);
+        scales->sums[1] = sum_lanes(totals[1]);
+        for (int half = 0; half < 2; ++half) {
+            scales->scaled_sums[half] = with.scale * static_cast<float>(scales->sums[half]);
+        }
+        scales->scaled_sum = with.scale * static_cast<float>(scales->sums[0] + scales->sums[1]);
     }
 }
 
