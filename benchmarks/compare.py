@@ -183,7 +183,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--peers", type=peer_names, default=tuple(PEERS), metavar="NAME,NAME")
-    parser.add_argument("--activations", choices=("exact", "fast"), default="exact")
+    parser.add_argument("--activations", choices=("fast", "exact"), default="fast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--prompt", type=counts, default=(512,), metavar="N,N", help="tokens of prompts; 0: none"

@@ -15,7 +15,7 @@ class Settings:
     context_size: int  # tokens of a sequence that is alone
     sequences: int = 1  # that decode side by side, at most
     shared_size: int = 0  # tokens of each of these
-    activations: Literal["exact", "fast"] = "exact"  # smolrun's
+    activations: Literal["exact", "fast"] = "fast"  # smolrun's
 
     @property
     def most_tokens(self) -> int:

@@ -17,6 +17,7 @@ import pytest
 
 from smolrun import Model
 from smolrun.engine.load import load_config
+from smolrun.engine.native import Activations
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.quant.blocks import tensor_values
 from smolrun.quant.tensor import Tensor
@@ -95,18 +96,27 @@ def test_greedy_continuations(folder: Path, golden: dict[str, Any]) -> None:
         assert list(result.token_ids) == golden[f"{text}_greedy"].tolist(), text
 
 
+@pytest.mark.parametrize(("activations", "share"), [("exact", 0.1), ("fast", 1.0)])
 @pytest.mark.parametrize("kind", GGUFS)
-def test_gguf_against_both(folder: Path, golden: dict[str, Any], kind: str) -> None:
+def test_gguf_against_both(
+    folder: Path, golden: dict[str, Any], kind: str, activations: Activations, share: float
+) -> None:
+    """What our arithmetic adds is at most that share of what llama.cpp's does.
+
+    Half of it is asked of fast activations on the real 135M, in tests/parity.
+    """
     path = folder / f"tiny-smollm3-{kind}.gguf"
     llama_cpp = np.load(folder / f"golden-llamacpp-{kind}.npz")
-    with Model(path) as model:
+    with Model(path, activations=activations) as model:
         ours = logits_of(model, golden)
     with dequantized(path) as model:
         exact = logits_of(model, golden)
+    added, allowed = [], []
     for text in TEXTS:
         theirs = llama_cpp[f"{text}_logits"]
         assert nmse(ours[text], theirs) <= 2e-3
-        added, allowed = divergence(exact[text], ours[text]), divergence(exact[text], theirs)
-        assert added <= allowed / 10, (text, added, allowed)
+        added.append(divergence(exact[text], ours[text]))
+        allowed.append(divergence(exact[text], theirs))
         if kind == "bf16":
             assert nmse(ours[text], golden[f"{text}_logits"]) <= BOUNDS["bf16"]
+    assert sum(added) <= sum(allowed) * share, (added, allowed)

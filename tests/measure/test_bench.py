@@ -162,8 +162,8 @@ def test_a_check_that_memory_does_not_hold_is_left_out(
 
 def test_the_choice_of_activations_is_passed_on_and_said(folder: Path) -> None:
     plan = Plan((8,), (0,), (0,), (), repetitions=1)
-    found = measure_model(folder, plan, FixedMeter(), activations="fast")
-    assert found.notes == ["activations: fast"]
+    found = measure_model(folder, plan, FixedMeter(), activations="exact")
+    assert found.notes == ["activations: exact"]
     assert found.stamp is not None
     assert found.stamp.correct
     with pytest.raises(SmolrunError, match="activations"):

@@ -124,7 +124,7 @@ def formats_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=list(FILE_TYPES))
 def case(request: pytest.FixtureRequest, real_model: Path, formats_folder: Path) -> Iterator[Case]:
     path = make_format(request.param, real_model, formats_folder)
-    with Model(path, context_size=2048) as model:
+    with Model(path, context_size=2048, activations="exact") as model:
         ids = model.tokenize(PASSAGE.read_text())[:640]
         assert len(ids) >= 400
         config = model.config
@@ -149,7 +149,7 @@ def test_logits(case: Case, record_property: Any) -> None:
     # Both are near the noise of float32 itself where the weights are floats.
     assert divergence <= max(their_divergence, 2e-6)
 
-    with Model(case.path, context_size=1024, activations="fast") as model:
+    with Model(case.path, context_size=1024) as model:
         fast = model.forward(np.array([case.ids]), all_positions=True)[0]
     if case.name in NMSE_BOUND:
         assert np.array_equal(fast.view(np.uint32), ours.view(np.uint32))

@@ -108,9 +108,9 @@ def add_engine(parser: Parser) -> None:
 def add_activations(parser: Parser) -> None:
     """How inputs of products are rounded."""
     parser.flag(
-        "--activations", choices=("exact", "fast"), default="exact",
-        help="inputs of quantized weights in 16 bits, or mostly in 8: sooner, less faithful; "
-        "default: exact",
+        "--activations", choices=("fast", "exact"), default="fast",
+        help="inputs of quantized weights mostly in 8 bits, or all in 16: slower, more faithful; "
+        "default: fast",
     )  # fmt: skip
 
 

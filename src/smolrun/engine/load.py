@@ -18,7 +18,7 @@ from smolrun.engine.machine import (
     memory_available,
     plan_kv_blocks,
 )
-from smolrun.engine.native import Activations, build_runner
+from smolrun.engine.native import DEFAULT_ACTIVATIONS, Activations, build_runner
 from smolrun.engine.sampling import SamplingParameters, sampling_parameters
 from smolrun.errors import ModelFormatError, RequestError, ResourceError
 from smolrun.files.checkpoint import Checkpoint, Dtype, open_checkpoint
@@ -78,7 +78,7 @@ def load_model(
     context_size: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
-    activations: Activations = "exact",
+    activations: Activations = DEFAULT_ACTIVATIONS,
     max_sequences: int = MAX_SEQUENCES,
     download_progress: Callable[[str, int, int | None], None] | None = None,
     load_progress: Callable[[int, int], None] | None = None,
@@ -132,7 +132,7 @@ def load_config(
     context_size: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
-    activations: Activations = "exact",
+    activations: Activations = DEFAULT_ACTIVATIONS,
     max_sequences: int = MAX_SEQUENCES,
 ) -> LoadedModel:
     """Start an engine on weights that lie in memory; there is no tokenizer."""

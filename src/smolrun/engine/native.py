@@ -20,6 +20,7 @@ BLOCK_TOKENS = 32  # tokens in a block of the KV cache
 # What the inputs of products with quantized weights are rounded to: 16 bits everywhere, or 8 bits
 # but for the products where that costs most (docs/decisions.md).
 Activations = Literal["exact", "fast"]
+DEFAULT_ACTIVATIONS: Activations = "fast"
 
 
 def resolve_isa(isa: str | None = None, environ: Mapping[str, str] | None = None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolrun.engine.machine import memory_available
+from smolrun.engine.native import DEFAULT_ACTIVATIONS
 from smolrun.errors import ResourceError
 from smolrun.measure.ceilings import CeilingMeter, Ceilings
 from smolrun.measure.child import ChildOptions, FirstAnswer, first_answer
@@ -157,7 +158,7 @@ def measure_model(
     meter: CeilingMeter,
     *,
     dtype: Dtype = "auto",
-    activations: Activations = "exact",
+    activations: Activations = DEFAULT_ACTIVATIONS,
     progress: Progress = lambda text: None,
 ) -> ModelReport:
     """Measure the model at `path` with the threads and instruction set of `meter`.
@@ -173,7 +174,7 @@ def measure_model(
     checkpoint = open_checkpoint(path, dtype)
     try:
         report = _described(name, checkpoint)
-        if activations != "exact":
+        if activations != DEFAULT_ACTIVATIONS:
             report.notes.append(f"activations: {activations}")
         if plan.start:
             progress(f"{name}: first token")

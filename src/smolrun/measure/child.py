@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from smolrun.engine.native import DEFAULT_ACTIVATIONS
 from smolrun.errors import SmolrunError
 
 PROMPT = "Why is the sky blue?"
@@ -28,7 +29,7 @@ class ChildOptions:
     threads: int
     isa: str
     dtype: str
-    activations: str = "exact"
+    activations: str = DEFAULT_ACTIVATIONS
 
 
 @dataclass(frozen=True)
