@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from smolrun.api.conversion import Converted, convert
+    from smolrun.api.quantization import Quantized, Substitution, quantize
     from smolrun.errors import (
         ContextLengthError,
         DownloadError,
@@ -56,11 +57,13 @@ __all__ = [
     "OutputError",
     "Perplexity",
     "ProgressEvent",
+    "Quantized",
     "ReasoningEvent",
     "RequestError",
     "ResourceError",
     "Result",
     "SmolrunError",
+    "Substitution",
     "TemplateError",
     "TextEvent",
     "Timings",
@@ -69,6 +72,7 @@ __all__ = [
     "Usage",
     "__version__",
     "convert",
+    "quantize",
 ]
 
 
@@ -80,6 +84,8 @@ def __getattr__(name: str) -> object:
 
     if name in ("Converted", "convert"):
         module = "smolrun.api.conversion"
+    elif name in ("Quantized", "Substitution", "quantize"):
+        module = "smolrun.api.quantization"
     else:
         module = "smolrun.errors" if name.endswith("Error") else "smolrun.api"
     value: object = getattr(import_module(module), name)

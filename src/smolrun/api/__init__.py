@@ -1,4 +1,4 @@
-"""What a user imports to talk to models; `conversion` is beside it."""
+"""What a user imports to talk to models; `conversion` and `quantization` are beside it."""
 
 from smolrun.api.model import DEFAULT_MODEL, Messages, Model
 from smolrun.api.stream import SamplingArguments, Stream

@@ -28,6 +28,7 @@ VERBS = {
     "perplexity": "how well a model predicts a text",
     "compare": "how far other files of a model are from one of them",
     "convert": "safetensors to GGUF, and GGUF to safetensors",
+    "quantize": "make a GGUF file of smaller weights",
     "pull": "download models",
     "list": "models on this machine",
     "rm": "delete downloaded models",

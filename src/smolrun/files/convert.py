@@ -147,13 +147,13 @@ def _write_gguf(
     with GgufWriter(target, metadata, infos) as writer:
         done = _Done(sum(info.nbytes for info in infos), progress)
         for tensor, info in zip(tensors, infos, strict=True):
-            for piece in _pieces(checkpoint, tensor, info.type, _gguf_order(checkpoint, tensor)):
+            for piece in _pieces(checkpoint, tensor, info.type, gguf_order(checkpoint, tensor)):
                 writer.write(piece)
                 done.add(piece.nbytes)
     return Converted(target, main_type, writer.file_bytes)
 
 
-def _gguf_order(checkpoint: Checkpoint, tensor: Tensor) -> npt.NDArray[np.intp] | None:
+def gguf_order(checkpoint: Checkpoint, tensor: Tensor) -> npt.NDArray[np.intp] | None:
     """For each row to be stored, the row of the source; None where they stand as they are."""
     if not is_interleaved(tensor.name) or tensor.interleaved_head_dim:
         return None
