@@ -19,6 +19,9 @@ constexpr int kLanes = 8;
 // between pieces.
 constexpr int kTileTokens = 8;
 constexpr int kSubBlockTileTokens = 8;
+// And where tokens are more than two tiles, with codes unpacked beforehand (simd_unpacked.h): 2 x 4
+// integer totals.
+constexpr int kUnpackedTileTokens = 4;
 // Two vectors are the rows of a group.
 constexpr int kTileVectors = 2;
 constexpr int kDirectTokens = 2;

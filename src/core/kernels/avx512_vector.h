@@ -27,6 +27,8 @@ constexpr int kLanes = 16;
 // for codes and scales. Weights with two scales in a piece take another total for each token.
 constexpr int kTileTokens = 12;
 constexpr int kSubBlockTileTokens = 8;
+// Codes are never unpacked beforehand (simd_unpacked.h).
+constexpr int kUnpackedTileTokens = 0;
 // Tiles of a fast product: row vectors.
 constexpr int kTileVectors = 2;
 // So many tokens meet the codes as they are unpacked; and up to so many in all, in several passes,

@@ -1,11 +1,13 @@
 // Products of quantized weights, and their rows as floats.
 //
 // One template makes the product of any number of tokens, which adds to a (token, row) the same
-// exact integer sums in the same steps whatever that number is, so they give the same bits.
+// exact integer sums in the same steps whatever that number is, so they give the same bits. With
+// AVX2 many tokens have another one, simd_unpacked.h.
 #pragma once
 
 #include "kernels.h"
 #include "kernels/simd_pieces.h"
+#include "kernels/simd_unpacked.h"
 
 namespace smolrun {
 namespace {
@@ -158,17 +160,25 @@ SMOLRUN_INLINE void multiply_panel(const std::byte* group, int64_t blocks, const
 template <WeightType type>
 void multiply_quantized(const Matrix& weights, const Activations& input, int64_t tokens,
                         int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
-                        std::byte*) {
+                        [[maybe_unused]] std::byte* scratch) {
     const int64_t pieces = weights.columns / kPieceWeights;
     const int64_t blocks = pieces / Format<type>::block_pieces;
     for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
         const std::byte* const group =
             weights.data + row / kGroupRows * blocks * Format<type>::block_bytes;
+        float* const to = out + row - row_begin;
+        if constexpr (kUnpackedTileTokens != 0) {
+            if (tokens > 2 * kTileTokens) {
+                multiply_unpacked<type>(group, input, tokens, row_end - row, to, out_stride,
+                                        scratch);
+                continue;
+            }
+        }
         for (int64_t token = 0; token < tokens; token += input.panel) {
             const PanelInput panel{input.words + token * pieces, input.scales + token * pieces};
             multiply_panel<type>(group, blocks, panel, input.panel, 0,
                                  smaller(input.panel, tokens - token), row_end - row,
-                                 out + token * out_stride + row - row_begin, out_stride);
+                                 to + token * out_stride, out_stride);
         }
     }
 }
