@@ -56,9 +56,9 @@ void py_quantize(const std::string& isa, const std::string& type_name,
     }
     QuantizeResult result;
     try {
-        const Matrix matrix{source_type, rows, columns, from.data<std::byte>()};
+        const FileRows file_rows{source_type, rows, columns, from.data<std::byte>(), 0};
         const GilReleased released;
-        result = quantize_rows(isa, matrix, weights ? weights->data<float>() : nullptr, type,
+        result = quantize_rows(isa, file_rows, weights ? weights->data<float>() : nullptr, type,
                                to.data<std::byte>());
     } catch (const std::invalid_argument& error) {
         throw nb::value_error(error.what());

@@ -29,22 +29,26 @@ WeightType weight_type_of(const std::string& name) {
     throw std::invalid_argument("type: '" + name + "' is not a weight type");
 }
 
-// A Weight that keeps the array it reads, or borrows from.
+// A Weight that keeps the array it reads until it is packed.
 class PythonWeight {
   public:
     // Packed by `pack`, or as one of the items of a Packing.
     PythonWeight(const std::string& type, int64_t rows, int64_t columns, nb::handle data,
-                 int64_t interleaved_head_dim, bool drop_source, bool copy,
+                 int64_t interleaved_head_dim, bool drop_source, bool consume_source,
                  const FileMappings& files)
         : source_(std::in_place, data, "data", Element::uint8, 1) {
         if (drop_source && !source_->readonly()) {
             throw std::invalid_argument("data: drop_source needs a read-only view of a file");
         }
+        if (consume_source && source_->readonly()) {
+            throw std::invalid_argument("data: consume_source needs a writable array");
+        }
         const FileRows source{weight_type_of(type), rows, columns, source_->data<std::byte>(),
                               interleaved_head_dim};
         const int64_t bytes = source_->bytes();
-        weight_.emplace(source, bytes, copy);
-        if (drop_source) file_ = files.around(source.data, static_cast<size_t>(bytes));
+        weight_.emplace(source, bytes);
+        if (drop_source) release_.file = files.around(source.data, static_cast<size_t>(bytes));
+        release_.consumed = consume_source;
     }
 
     // Packs it on this thread.
@@ -52,23 +56,21 @@ class PythonWeight {
         {
             const GilReleased released;
             for (int64_t chunk = 0; chunk < weight_->chunks(); ++chunk) {
-                weight_->pack(chunk, file_);
+                weight_->pack(chunk, release_);
             }
         }
         packed();
     }
-    Packing::Item item() { return {&*weight_, file_}; }
+    Packing::Item item() { return {&*weight_, release_}; }
     // Tells that all of it is packed, so that the source is not needed any more.
-    void packed() {
-        if (!weight_->borrows()) source_.reset();
-    }
+    void packed() { source_.reset(); }
 
     const Weight& weight() const { return *weight_; }
 
   private:
     std::optional<Array> source_;
     std::optional<Weight> weight_;
-    Addresses file_;
+    SourceRelease release_;
 };
 
 // Weights on their way, and the sources that they are packed from.
@@ -78,12 +80,14 @@ class PythonPacking {
         const FileMappings files;
         std::vector<Packing::Item> items;
         for (const nb::handle source : sources) {
-            const auto [type, rows, columns, data, interleaved_head_dim, drop_source, copy] =
+            const auto [type, rows, columns, data, interleaved_head_dim, drop_source,
+                        consume_source] =
                 nb::cast<
                     std::tuple<std::string, int64_t, int64_t, nb::object, int64_t, bool, bool>>(
                     source);
-            weights_.push_back(std::make_unique<PythonWeight>(
-                type, rows, columns, data, interleaved_head_dim, drop_source, copy, files));
+            weights_.push_back(std::make_unique<PythonWeight>(type, rows, columns, data,
+                                                              interleaved_head_dim, drop_source,
+                                                              consume_source, files));
             items.push_back(weights_.back()->item());
         }
         packing_.emplace(std::move(items));
@@ -262,14 +266,15 @@ void bind_runner(nb::module_& module) {
         .def(
             "__init__",
             [](PythonWeight* self, const std::string& type, int64_t rows, int64_t columns,
-               nb::handle data, int64_t interleaved_head_dim, bool drop_source, bool copy) {
+               nb::handle data, int64_t interleaved_head_dim, bool drop_source,
+               bool consume_source) {
                 new (self) PythonWeight(type, rows, columns, data, interleaved_head_dim,
-                                        drop_source, copy, FileMappings());
+                                        drop_source, consume_source, FileMappings());
                 self->pack();
             },
             nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
             nb::arg("interleaved_head_dim") = 0, nb::arg("drop_source") = false,
-            nb::arg("copy") = false)
+            nb::arg("consume_source") = false)
         .def_prop_ro("type",
                      [](const PythonWeight& w) {
                          return std::string(layout(w.weight().matrix().type).name);

@@ -1,16 +1,20 @@
 // The weight types, and how their blocks are laid out in memory for the kernels.
 //
-// Float types stay as the file has them: row-major [rows][columns], usually in the mapped file.
-//
-// Quantized types are repacked once at load, bit for bit the same size. Sixteen rows make a group
-// (rows past the end are zero blocks), and a group holds one *packed block* per block of columns:
+// Weights are repacked once at load, bit for bit the same size. Sixteen rows make a group (rows
+// past the end are zero), and a group holds one *packed block* per block of columns:
 //
 //     [row group][block along the row][packed block of 16 rows]
 //
 // so that a kernel streams straight through memory, each vector lane owning one row, and no
-// horizontal sum is ever needed. In a packed block a *plane* holds one bit field of the codes as
-// 32-bit words, one word per row: words[v][16]. A *quad* is four consecutive weights of each row:
-// after unpacking, byte j of the row's word is the unsigned code of weight 4*quad+j.
+// horizontal sum is ever needed.
+//
+// Of float types a block is one column: F32 and F16 are [row group][column][16]. BF16 has two, so
+// that a 32-bit word holds neighbours, the first one in its low half: [row group][pair][16][2],
+// with zeros after an odd number of columns.
+//
+// In a packed block of a quantized type a *plane* holds one bit field of the codes as 32-bit words,
+// one word per row: words[v][16]. A *quad* is four consecutive weights of each row: after
+// unpacking, byte j of the row's word is the unsigned code of weight 4*quad+j.
 //
 //   8-bit plane  (32 weights: 8 words a row)  byte j of word v = weight 4v+j
 //   4-bit plane  (32 weights: 4 words a row)  byte j of word v: low nibble = weight 8v+j,
@@ -87,7 +91,7 @@ struct Matrix {
     WeightType type;
     int64_t rows;           // output features
     int64_t columns;        // input features
-    const std::byte* data;  // float: [rows][columns]; quantized: [groups][blocks][packed block]
+    const std::byte* data;  // [groups][blocks][packed block]
 };
 
 }  // namespace smolrun

@@ -43,9 +43,10 @@
 //
 // and then total = fma(minimum, scaled sum, total), or for each half fma(minimum, s * sum, total).
 //
-// Products of float weights: a fixed order of summation per row length, the same for one token and
-// for many. They take any number of columns, and weights at any address, as a file may have them;
-// packed weights start at a multiple of 64 bytes. Vectors are aligned for their element, no more.
+// Products of float weights take any number of columns. They are summed in parts of 512, each in
+// the order of its columns, and then the sums of the parts in order.
+//
+// Packed weights start at a multiple of 64 bytes. Vectors are aligned for their element, no more.
 //
 // A value that is not finite must reach the output as one. Only a slot of the KV cache at or past
 // `length` is never looked at.

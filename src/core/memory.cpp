@@ -197,4 +197,14 @@ void drop_file_pages(const Addresses& mapping, const std::byte* data, size_t byt
 #endif
 }
 
+void give_up_pages(const std::byte* data, size_t bytes) {
+#ifdef __linux__
+    const Addresses pages = whole_pages(data, bytes);
+    if (pages.empty()) return;
+    (void)madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_DONTNEED);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace smolrun

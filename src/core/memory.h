@@ -106,4 +106,8 @@ class FileMappings {
 // is read again when touched.
 void drop_file_pages(const Addresses& mapping, const std::byte* data, size_t bytes);
 
+// Gives the whole pages of a range of memory that is no file's back to the system. What they held
+// is lost.
+void give_up_pages(const std::byte* data, size_t bytes);
+
 }  // namespace smolrun

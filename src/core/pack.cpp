@@ -96,11 +96,16 @@ inline void pack_two_bit_planes(const RowWriter& to, int64_t plane, const std::b
     }
 }
 
-// One block of one row, in the field order of the file (the GGUF specification).
+// One block of one row, in the field order of the file (the GGUF specification); two weights of
+// BF16.
 template <WeightType type>
 inline void pack_block(const std::byte* from, const RowWriter& to) {
     constexpr PackedLayout at = packed_layout(type);
-    if constexpr (type == WeightType::Q4_0 || type == WeightType::IQ4_NL) {
+    if constexpr (type == WeightType::F32 || type == WeightType::BF16) {
+        to.word(0, 0, load<uint32_t>(from));
+    } else if constexpr (type == WeightType::F16) {
+        to.half(0, from);
+    } else if constexpr (type == WeightType::Q4_0 || type == WeightType::IQ4_NL) {
         to.half(at.scale, from);
         pack_nibble_halves(to, at.low, 0, from + 2);
     } else if constexpr (type == WeightType::Q4_1) {
@@ -168,49 +173,39 @@ int64_t file_row(const FileRows& source, int64_t row) {
     return row - in_head + in_head % half * 2 + in_head / half;
 }
 
-void copy_rows(const FileRows& source, int64_t row_begin, int64_t row_end, std::byte* out) {
-    const int64_t bytes = row_bytes(source.type, source.columns);
-    for (int64_t row = row_begin; row < row_end; ++row) {
-        std::memcpy(out + row * bytes, source.data + file_row(source, row) * bytes,
-                    static_cast<std::size_t>(bytes));
-    }
-}
-
 template <WeightType type>
 void pack_group(const FileRows& source, int64_t group, std::byte* out) {
     const int64_t bytes = row_bytes(type, source.columns);
+    const int64_t size = group_bytes(type, source.columns);
     const std::byte* rows[kGroupRows];
     const int64_t count = std::min(kGroupRows, source.rows - group * kGroupRows);
     for (int64_t row = 0; row < count; ++row) {
         rows[row] = source.data + file_row(source, group * kGroupRows + row) * bytes;
     }
-    std::byte* block = out + group * kGroupRows * bytes;
-    if (count < kGroupRows) {
-        std::memset(block, 0, static_cast<std::size_t>(kGroupRows * bytes));
-    }
-    for (int64_t at = 0; at < bytes; at += layout(type).bytes) {
+    std::byte* block = out + group * size;
+    if (count < kGroupRows) std::memset(block, 0, static_cast<std::size_t>(size));
+    constexpr int64_t block_bytes = type == WeightType::BF16 ? 4 : layout(type).bytes;
+    for (int64_t at = 0; at + block_bytes <= bytes; at += block_bytes) {
         for (int64_t row = 0; row < count; ++row) {
             pack_block<type>(rows[row] + at, RowWriter{block, row});
         }
-        block += kGroupRows * layout(type).bytes;
+        block += kGroupRows * block_bytes;
+    }
+    if (type == WeightType::BF16 && source.columns % 2 != 0) {
+        for (int64_t row = 0; row < count; ++row) {
+            RowWriter{block, row}.word(0, 0, load<uint16_t>(rows[row] + bytes - 2));
+        }
     }
 }
 
 }  // namespace
 
 void pack(const FileRows& source, int64_t group_begin, int64_t group_end, std::byte* out) {
-    if (is_float(source.type)) {
-        copy_rows(source, group_begin * kGroupRows, std::min(group_end * kGroupRows, source.rows),
-                  out);
-        return;
-    }
     for (int64_t group = group_begin; group < group_end; ++group) {
         switch (source.type) {
-#define X(name, weights, bytes)                               \
-    case WeightType::name:                                    \
-        if constexpr (!is_float(WeightType::name)) {          \
-            pack_group<WeightType::name>(source, group, out); \
-        }                                                     \
+#define X(name, weights, bytes)                           \
+    case WeightType::name:                                \
+        pack_group<WeightType::name>(source, group, out); \
         break;
             SMOLRUN_WEIGHT_TYPES(X)
 #undef X

@@ -24,14 +24,18 @@ constexpr int64_t row_bytes(WeightType type, int64_t columns) {
     return columns / layout(type).weights * layout(type).bytes;
 }
 
-// Float types are not padded to whole groups.
+// Bytes of a packed group of rows.
+constexpr int64_t group_bytes(WeightType type, int64_t columns) {
+    const int64_t whole = type == WeightType::BF16 ? columns + columns % 2 : columns;
+    return kGroupRows * row_bytes(type, whole);
+}
+
 constexpr int64_t packed_bytes(WeightType type, int64_t rows, int64_t columns) {
-    const int64_t stored_rows = is_float(type) ? rows : row_groups(rows) * kGroupRows;
-    return stored_rows * row_bytes(type, columns);
+    return row_groups(rows) * group_bytes(type, columns);
 }
 
 // Writes the groups [group_begin, group_end) of the packed weight that starts at `out`. Threads may
-// share a weight by its groups. Float types are copied, their rows put in order.
+// share a weight by its groups.
 void pack(const FileRows& source, int64_t group_begin, int64_t group_end, std::byte* out);
 
 }  // namespace smolrun

@@ -10,6 +10,9 @@ namespace smolrun {
 // The weights that share one step of every kernel, and one scale of the activations.
 inline constexpr int64_t kPieceWeights = 32;
 
+// Products of float weights sum so many columns by themselves, then add these sums.
+inline constexpr int64_t kFloatPartColumns = 512;
+
 struct PackedLayout {
     // Bits of a code in the first plane, and in the second one above it (0: there is none).
     int low_bits, high_bits;
@@ -49,7 +52,7 @@ constexpr PackedLayout packed_layout(WeightType type) {
             return {4, 0, 0, true, 32, 0, none, none, none, 16 * rows, none};
         case WeightType::IQ4_XS:
             return {4, 0, 0, true, 32, 0, none, 128 * rows, 132 * rows, 134 * rows, none};
-        default:  // float types are not packed
+        default:  // float types have no fields
             return {0, 0, 0, false, 0, none, none, none, none, none, none};
     }
 }

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <vector>
 
 #include "dispatch.h"
+#include "kernels/numbers.h"
 #include "pack.h"
 
 namespace smolrun {
@@ -31,18 +33,30 @@ bool all_finite(const float* x, int64_t count) {
     return finite;
 }
 
+void read_floats(WeightType type, const std::byte* from, int64_t count, float* out) {
+    if (type == WeightType::F32) {
+        std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
+    } else if (type == WeightType::F16) {
+        for (int64_t i = 0; i < count; ++i) out[i] = float_from_half(load<uint16_t>(from + 2 * i));
+    } else {
+        for (int64_t i = 0; i < count; ++i) {
+            out[i] = float_from_bfloat16(load<uint16_t>(from + 2 * i));
+        }
+    }
+}
+
 }  // namespace
 
-QuantizeResult quantize_rows(std::string_view isa, const Matrix& source, const float* importance,
+QuantizeResult quantize_rows(std::string_view isa, const FileRows& source, const float* importance,
                              WeightType type, std::byte* out) {
     const int64_t columns = source.columns;
     const Quantize quantize = quantizers_of(isa).quantize[static_cast<int>(type)];
-    const Kernels::Dequantize read = kernels_of(isa).dequantize[static_cast<int>(source.type)];
     const int64_t most = std::max<int64_t>(1, kChunkFloats / columns);
     std::vector<float> values(static_cast<std::size_t>(most * columns));
     for (int64_t row = 0; row < source.rows; row += most) {
         const int64_t rows = std::min(most, source.rows - row);
-        for (int64_t i = 0; i < rows; ++i) read(source, row + i, values.data() + i * columns);
+        read_floats(source.type, source.data + row * row_bytes(source.type, columns),
+                    rows * columns, values.data());
         if (!all_finite(values.data(), rows * columns)) {
             const auto bad = std::find_if_not(values.begin(), values.end(), is_finite);
             const int64_t at = bad - values.begin();

@@ -33,15 +33,17 @@ extern const Quantizers kScalarQuantizers;
 extern const Quantizers kAvx2Quantizers;    // only in x86 builds
 extern const Quantizers kAvx512Quantizers;  // only in x86 builds
 
+struct FileRows;
+
 struct QuantizeResult {
     enum Kind { done, not_finite, too_large } kind;
     int64_t row;     // where it went wrong; of too_large the first of a few rows
     int64_t column;  // of not_finite
 };
 
-// Rows of a float type, [rows][columns] at any alignment, into blocks of `type`.
+// Rows of a float type, in their order, into blocks of `type`.
 // std::invalid_argument for an instruction set that this CPU does not run.
-QuantizeResult quantize_rows(std::string_view isa, const Matrix& source, const float* importance,
+QuantizeResult quantize_rows(std::string_view isa, const FileRows& source, const float* importance,
                              WeightType type, std::byte* out);
 
 }  // namespace smolrun

@@ -40,12 +40,9 @@ void check(const FileRows& source, int64_t source_bytes) {
 
 }  // namespace
 
-Weight::Weight(const FileRows& source, int64_t source_bytes, bool copy)
-    : source_(source), matrix_{} {
+Weight::Weight(const FileRows& source, int64_t source_bytes)
+    : source_(source), matrix_{source.type, source.rows, source.columns, nullptr} {
     check(source, source_bytes);
-    matrix_ = {source.type, source.rows, source.columns, source.data};
-    if (is_float(source.type) && source.interleaved_head_dim == 0 && !copy) return;
-
     packed_ = PooledMemory(
         static_cast<size_t>(smolrun::packed_bytes(source.type, source.rows, source.columns)));
     matrix_.data = packed_.data();
@@ -64,13 +61,13 @@ int64_t Weight::chunk_bytes(int64_t chunk) const {
     return (chunk_begin(chunk + 1) - chunk_begin(chunk)) * row_bytes(source_.type, source_.columns);
 }
 
-void Weight::pack(int64_t chunk, const Addresses& file) {
+void Weight::pack(int64_t chunk, const SourceRelease& release) {
     const int64_t begin = chunk_begin(chunk);
     smolrun::pack(source_, begin / kGroupRows, row_groups(chunk_begin(chunk + 1)), packed_.data());
-    if (!file.empty()) {
-        drop_file_pages(file, source_.data + begin * row_bytes(source_.type, source_.columns),
-                        static_cast<size_t>(chunk_bytes(chunk)));
-    }
+    const std::byte* const data = source_.data + begin * row_bytes(source_.type, source_.columns);
+    const auto bytes = static_cast<size_t>(chunk_bytes(chunk));
+    if (!release.file.empty()) drop_file_pages(release.file, data, bytes);
+    if (release.consumed) give_up_pages(data, bytes);
 }
 
 Packing::Packing(std::vector<Item> items) : items_(std::move(items)) {
@@ -84,7 +81,7 @@ bool Packing::work(int64_t chunks) {
         const auto at = std::upper_bound(ends_.begin(), ends_.end(), ticket);
         const Item& item = items_[static_cast<size_t>(at - ends_.begin())];
         const int64_t chunk = ticket - (*at - item.weight->chunks());
-        item.weight->pack(chunk, item.file);
+        item.weight->pack(chunk, item.release);
         bytes_done_.fetch_add(item.weight->chunk_bytes(chunk), std::memory_order_relaxed);
         chunks_done_.fetch_add(1, std::memory_order_release);
     }

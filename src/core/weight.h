@@ -11,24 +11,26 @@
 
 namespace smolrun {
 
-// Holds the packed copy of a weight; or, for a float type whose rows stand in order, where no copy
-// is asked for, only points to the source, which must then outlive it.
+// What becomes of the memory of a source as it is packed, so that there are never two copies.
+struct SourceRelease {
+    Addresses file;         // the mapping of a file that holds it: pages are dropped; else empty
+    bool consumed = false;  // memory that nobody else reads: pages are given up, and are zero then
+};
+
+// Holds the packed copy of a weight.
 class Weight {
   public:
     // Takes the memory of the copy; `pack` fills it. std::invalid_argument where the source does
     // not fit its shape.
-    Weight(const FileRows& source, int64_t source_bytes, bool copy);
+    Weight(const FileRows& source, int64_t source_bytes);
 
-    // The copy is made in chunks, each of them once, in any order and on any thread. Where `file`,
-    // the mapping of a file that holds the source, is not empty, its pages are given back as they
-    // are packed, so that memory never holds two copies.
+    // The copy is made in chunks, each of them once, in any order and on any thread.
     int64_t chunks() const { return chunks_; }
-    void pack(int64_t chunk, const Addresses& file);
+    void pack(int64_t chunk, const SourceRelease& release);
 
     int64_t chunk_bytes(int64_t chunk) const;  // of the source
 
     const Matrix& matrix() const { return matrix_; }
-    bool borrows() const { return packed_.data() == nullptr; }
     int64_t packed_bytes() const { return static_cast<int64_t>(packed_.bytes()); }
 
   private:
@@ -38,7 +40,7 @@ class Weight {
     PooledMemory packed_;
     Matrix matrix_;
     int64_t chunk_rows_ = 0;
-    int64_t chunks_ = 0;  // 0 for a weight that borrows
+    int64_t chunks_ = 0;
 };
 
 // The packing of many weights, by as many threads as call `work`.
@@ -46,7 +48,7 @@ class Packing {
   public:
     struct Item {
         Weight* weight;  // must outlive the packing
-        Addresses file;  // as of Weight::pack
+        SourceRelease release;
     };
 
     explicit Packing(std::vector<Item> items);

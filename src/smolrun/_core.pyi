@@ -56,11 +56,7 @@ class _Profile(TypedDict):
     ends: list[list[int]]  # [thread][operation], after the step's start; -1: it had no part in it
 
 class Weight:
-    """A weight matrix, ready for the kernels.
-
-    Float types whose rows stand in order are used where they are, and `data` is kept alive, unless
-    a copy is asked for. The others are repacked into memory of their own.
-    """
+    """A weight matrix, repacked for the kernels into memory of its own."""
 
     def __init__(
         self,
@@ -70,13 +66,14 @@ class Weight:
         data: _Bytes,
         interleaved_head_dim: int = 0,
         drop_source: bool = False,
-        copy: bool = False,
+        consume_source: bool = False,
     ) -> None:
         """`data` [rows * row bytes], as in the file.
 
         drop_source: `data` is a read-only view of a mapped file; its pages are given back as they
         are packed (and would be read again if touched). Memory that is no file's is left alone.
-        copy: a float type is copied too, into huge pages, which are faster to read.
+        consume_source: `data` is writable memory that nobody else reads; its pages are given back
+        as they are packed, and its content is lost.
         ValueError where `data` does not fit the shape, or blocks do not fill the columns.
         """
 
@@ -88,7 +85,7 @@ class Weight:
     def columns(self) -> int: ...
     @property
     def nbytes(self) -> int:
-        """Memory of its own: 0 for a weight that is used where it lies."""
+        """Memory of the packed weight: its rows are filled up to a multiple of 16."""
 
 class Packing:
     """Many weights, made ready by as many threads as call `work`."""
@@ -193,8 +190,8 @@ class Runner:
     def memory(self) -> dict[str, int]:
         """Bytes held, by purpose: `packed_weights`, `kv_cache`, `scratch`.
 
-        Weights that are used where they lie do not count. Of the cache and the scratch this is the
-        address space: memory is taken as they are first used.
+        Of the cache and the scratch this is the address space: memory is taken as they are first
+        used.
         """
 
 class kernels:

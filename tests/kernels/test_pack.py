@@ -56,11 +56,22 @@ def test_every_scale_and_code(isa: str, weight_type: WeightType) -> None:
 def test_every_float16_and_bfloat16(isa: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     for weight_type in (WeightType.F16, WeightType.BF16):
-        found = unpacked(isa, weight_type, 1, bits.size, bits.view(np.uint8))
+        packed = pack(weight_type, bits.size, bits.view(np.uint8))
+        found = unpacked(isa, weight_type, 1, bits.size, packed)
         expected = dequantize(bits.view(np.uint8), weight_type, bits.size)
         np.testing.assert_array_equal(found, expected)
         numbers = ~np.isnan(expected)
         np.testing.assert_array_equal(np.signbit(found[numbers]), np.signbit(expected[numbers]))
+
+
+def test_an_odd_column_of_bfloat16_has_a_zero_beside_it() -> None:
+    rows, columns = 16, 3
+    bits = np.arange(1, 1 + rows * columns, dtype="<u2").reshape(rows, columns)
+    packed = pack(WeightType.BF16, columns, bits.view(np.uint8))
+    pairs = packed.view("<u2").reshape(2, rows, 2)
+    np.testing.assert_array_equal(pairs[0], bits[:, :2])
+    np.testing.assert_array_equal(pairs[1, :, 0], bits[:, 2])
+    assert not pairs[1, :, 1].any()
 
 
 @each_type
@@ -75,7 +86,7 @@ def test_interleaved_rows_are_put_in_order(weight_type: WeightType, head_dim: in
     np.testing.assert_array_equal(found, expected)
 
 
-@each_quantized_type
+@each_type
 def test_rows_past_the_end_are_zero(weight_type: WeightType) -> None:
     columns = 256
     data = random_weights(weight_type, 17, columns)

@@ -1,4 +1,4 @@
-"""Weights made ready for the kernels: what is copied, what is borrowed, what is given back."""
+"""Weights made ready for the kernels: what is copied, what is given back."""
 
 from __future__ import annotations
 
@@ -36,37 +36,6 @@ def packed(sources: list[Source], threads: int) -> list[_core.Weight]:
     return packing.weights()
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_float_weights_are_used_where_they_lie(alone: bool) -> None:
-    data = np.zeros(4 * 6 * 5, dtype=np.uint8)
-    references = sys.getrefcount(data)
-    weight = (
-        _core.Weight("F32", 6, 5, data)
-        if alone
-        else packed([("F32", 6, 5, data, 0, False, False)], 2)[0]
-    )
-    assert (weight.type, weight.rows, weight.columns, weight.nbytes) == ("F32", 6, 5, 0)
-    assert sys.getrefcount(data) > references
-    del weight
-    assert sys.getrefcount(data) == references
-
-
-@pytest.mark.parametrize("weight_type", [WeightType.F32, WeightType.F16, WeightType.BF16])
-def test_a_copy_of_float_weights_gives_the_same_bits(weight_type: WeightType) -> None:
-    config = small_config(num_hidden_layers=1)
-    model = Model.random(config, [weight_type])
-    rows, columns = config.num_attention_heads * config.head_dim, config.hidden_size
-    data = random_blocks(np.random.default_rng(4), weight_type, rows, columns)
-    odd = np.empty(data.size + 1, dtype=np.uint8)[1:]  # at no aligned address
-    odd[:] = data
-    references = sys.getrefcount(odd)
-    copy = _core.Weight(weight_type.value, rows, columns, odd, copy=True)
-    assert sys.getrefcount(odd) == references
-    assert copy.nbytes == data.size
-    in_place = _core.Weight(weight_type.value, rows, columns, data)
-    assert np.array_equal(logits_with(copy, model), logits_with(in_place, model))
-
-
 def resident_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("VmRSS")]
@@ -78,8 +47,8 @@ def test_weights_that_are_gone_give_their_memory_back() -> None:
     size = 4096 * 4096
     data = np.ones(size * 2, dtype=np.uint8)
     before = resident_bytes()
-    first = _core.Weight("F16", 4096, 4096, data, copy=True)
-    second = _core.Weight("F16", 4096, 4096, data, copy=True)
+    first = _core.Weight("F16", 4096, 4096, data)
+    second = _core.Weight("F16", 4096, 4096, data)
     assert resident_bytes() >= before + 4 * size - (4 << 20)
     del first  # the second, which may share its mapping, stays
     assert resident_bytes() <= before + 2 * size + (4 << 20)
@@ -87,13 +56,27 @@ def test_weights_that_are_gone_give_their_memory_back() -> None:
     assert resident_bytes() <= before + (4 << 20)
 
 
-@pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
-def test_quantized_weights_are_copied(weight_type: WeightType) -> None:
+@pytest.mark.parametrize("weight_type", list(WeightType))
+def test_weights_are_copied_from_any_address(weight_type: WeightType) -> None:
+    config = small_config(num_hidden_layers=1)
+    model = Model.random(config, [weight_type])
+    rows, columns = config.num_attention_heads * config.head_dim, config.hidden_size
+    data = random_blocks(np.random.default_rng(4), weight_type, rows, columns)
+    odd = np.empty(data.size + 1, dtype=np.uint8)[1:]  # at no aligned address
+    odd[:] = data
+    references = sys.getrefcount(odd)
+    moved = _core.Weight(weight_type.value, rows, columns, odd)
+    assert sys.getrefcount(odd) == references
+    weight = _core.Weight(weight_type.value, rows, columns, data)
+    assert np.array_equal(logits_with(moved, model), logits_with(weight, model))
+
+
+@pytest.mark.parametrize("weight_type", list(WeightType))
+def test_rows_are_filled_up_to_groups_of_sixteen(weight_type: WeightType) -> None:
     data = random_blocks(np.random.default_rng(0), weight_type, 20, 256)
-    references = sys.getrefcount(data)
     weight = _core.Weight(weight_type.value, 20, 256, data)
-    assert sys.getrefcount(data) == references
-    assert weight.nbytes == 32 * weight_type.row_bytes(256)  # two groups of sixteen rows
+    assert (weight.type, weight.rows, weight.columns) == (weight_type.value, 20, 256)
+    assert weight.nbytes == 32 * weight_type.row_bytes(256)
 
 
 def logits_with(q_weight: _core.Weight, model: Model) -> Any:
@@ -116,17 +99,17 @@ def test_threads_and_interleaved_rows(weight_type: WeightType) -> None:
     straight = np.ascontiguousarray(in_order.transpose(0, 2, 1, 3)).reshape(-1)
     name = weight_type.value
     expected = logits_with(_core.Weight(name, rows, 256, straight), model)
-    borrowed = np.zeros(4 * 6 * 5, dtype=np.uint8)  # nothing to pack
+    small = np.zeros(4 * 6 * 5, dtype=np.uint8)
     for threads in (1, 2, 5):
         first, middle, last = packed(
             [
-                (name, rows, 256, data, 32, False, True),
-                ("F32", 6, 5, borrowed, 0, False, False),
-                (name, rows, 256, straight, 0, False, True),
+                (name, rows, 256, data, 32, False, False),
+                ("F32", 6, 5, small, 0, False, False),
+                (name, rows, 256, straight, 0, False, False),
             ],
             threads,
         )
-        assert middle.nbytes == 0
+        assert middle.nbytes == 16 * 5 * 4
         for weight in (first, last):
             assert weight.nbytes == rows * weight_type.row_bytes(256)
             assert np.array_equal(logits_with(weight, model), expected)
@@ -212,7 +195,7 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
     assert resident_around(data) >= content.size - 8192
     half = data.size // 2
     dropped = packed(
-        [("Q4_0", rows // 2, columns, part, 0, True, True) for part in (data[:half], data[half:])],
+        [("Q4_0", rows // 2, columns, part, 0, True, False) for part in (data[:half], data[half:])],
         threads=2,
     )
     assert resident_around(data) <= 3 * mmap.PAGESIZE
@@ -236,6 +219,20 @@ def test_memory_that_is_no_file_keeps_its_content() -> None:
     view.flags.writeable = False
     _core.Weight("Q8_0", 1024, 1024, view, drop_source=True)
     assert view.tobytes() == copy
+
+
+@linux_only
+def test_a_consumed_source_gives_its_memory_back() -> None:
+    rows, columns = 4096, 2048
+    data = random_blocks(np.random.default_rng(1), WeightType.F16, rows, columns).copy()
+    before = resident_bytes()
+    weights = packed([("F16", rows, columns, data, 0, False, True)], threads=2)
+    assert resident_bytes() <= before + (4 << 20)
+    assert weights[0].nbytes == data.nbytes
+    assert data.nbytes - np.count_nonzero(data == 0) < 1 << 20
+    data.flags.writeable = False
+    with pytest.raises(ValueError, match="consume_source needs a writable array"):
+        _core.Weight("F16", rows, columns, data, consume_source=True)
 
 
 def test_a_writable_source_is_never_dropped() -> None:

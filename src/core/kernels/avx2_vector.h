@@ -29,7 +29,8 @@ constexpr int kFewTokens = 2;
 constexpr int kByteTileTokens = 4;
 // Pairs of products with codes of 8 bits do not fit 16.
 constexpr int kByteProductBits = 6;
-constexpr int kFloatTileTokens = 3;
+constexpr int kFloatTileTokens = 6;
+constexpr int kFewFloatTokens = 3;
 constexpr int kTileRowsOfAttention = 2;
 constexpr int kAttentionTotals = 8;
 // How far ahead of its use a weight is asked for.
@@ -70,15 +71,6 @@ SMOLRUN_INLINE Floats load_f16(const void* from) {
 }
 SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
     return _mm256_cvtph_ps(load_halves_part(from, count));
-}
-SMOLRUN_INLINE Floats widen_bf16(__m128i x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
-SMOLRUN_INLINE Floats load_bf16(const void* from) {
-    return widen_bf16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
-}
-SMOLRUN_INLINE Floats load_bf16_part(const void* from, int64_t count) {
-    return widen_bf16(load_halves_part(from, count));
 }
 // Rounded to nearest even.
 SMOLRUN_INLINE void store_f16(uint16_t* to, Floats x) {
@@ -202,6 +194,7 @@ SMOLRUN_INLINE Words sub_16(Words a, Words b) { return _mm256_sub_epi16(a, b); }
 SMOLRUN_INLINE Words mul_16(Words a, Words b) { return _mm256_mullo_epi16(a, b); }
 SMOLRUN_INLINE Words max(Words a, Words b) { return _mm256_max_epi32(a, b); }
 SMOLRUN_INLINE Words bits_of(Floats x) { return _mm256_castps_si256(x); }
+SMOLRUN_INLINE Floats as_floats(Words bits) { return _mm256_castsi256_ps(bits); }
 SMOLRUN_INLINE Floats to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
 SMOLRUN_INLINE Words round_to_words(Floats x) { return _mm256_cvtps_epi32(x); }
 // Bytes of each 32-bit word replaced by table[byte], byte < 16.

@@ -39,8 +39,10 @@ constexpr int kFewTokens = 8;
 // most bits of weights' codes for which it is faster.
 constexpr int kByteTileTokens = 4;
 constexpr int kByteProductBits = 8;
-// Tiles of a product of float weights: 4 rows x tokens.
-constexpr int kFloatTileTokens = 6;
+// Tiles of a product of float weights: 2 x 12 totals. And so many tokens that one group of rows at
+// a time does.
+constexpr int kFloatTileTokens = 12;
+constexpr int kFewFloatTokens = 6;
 // Tiles of attention: rows that share a load of K or V, and totals in registers.
 constexpr int kTileRowsOfAttention = 12;
 constexpr int kAttentionTotals = 24;
@@ -77,15 +79,6 @@ SMOLRUN_INLINE Floats load_f16(const void* from) {
 }
 SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
-}
-SMOLRUN_INLINE Floats widen_bf16(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-SMOLRUN_INLINE Floats load_bf16(const void* from) {
-    return widen_bf16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
-}
-SMOLRUN_INLINE Floats load_bf16_part(const void* from, int64_t count) {
-    return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), from));
 }
 // Rounded to nearest even.
 SMOLRUN_INLINE void store_f16(uint16_t* to, Floats x) {
@@ -192,6 +185,7 @@ SMOLRUN_INLINE Words sub_16(Words a, Words b) { return _mm512_sub_epi16(a, b); }
 SMOLRUN_INLINE Words mul_16(Words a, Words b) { return _mm512_mullo_epi16(a, b); }
 SMOLRUN_INLINE Words max(Words a, Words b) { return _mm512_max_epi32(a, b); }
 SMOLRUN_INLINE Words bits_of(Floats x) { return _mm512_castps_si512(x); }
+SMOLRUN_INLINE Floats as_floats(Words bits) { return _mm512_castsi512_ps(bits); }
 SMOLRUN_INLINE Floats to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
 SMOLRUN_INLINE Words round_to_words(Floats x) { return _mm512_cvtps_epi32(x); }
 // Bytes of each 32-bit word replaced by table[byte], byte < 16.

@@ -5,6 +5,7 @@
 
 #include "kernels/numbers.h"
 #include "kernels/scalar.h"
+#include "pack.h"
 #include "packed.h"
 
 namespace smolrun::scalar {
@@ -205,7 +206,7 @@ void quantized_linear(const Matrix& weights, const Activations& input, int64_t t
                       int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                       std::byte*) {
     const int64_t columns = weights.columns, pieces = columns / kPieceWeights;
-    const int64_t group_bytes = columns / layout(type).weights * layout(type).bytes * kRows;
+    const int64_t of_group = group_bytes(type, columns);
     float totals[kTokenTile][kRows];
     Piece piece;
     for (int64_t first = 0; first < tokens; first += kTokenTile) {
@@ -213,7 +214,7 @@ void quantized_linear(const Matrix& weights, const Activations& input, int64_t t
         for (int64_t row = row_begin; row < row_end; row += kRows) {
             std::fill_n(&totals[0][0], tile * kRows, 0.0f);
             for (int64_t p = 0; p < pieces; ++p) {
-                unpack<type>(weights.data + row / kRows * group_bytes, p, piece);
+                unpack<type>(weights.data + row / kRows * of_group, p, piece);
                 for (int64_t t = 0; t < tile; ++t) {
                     const int64_t token = first + t;
                     if constexpr (fast) {
@@ -237,10 +238,10 @@ template <WeightType type>
 void quantized_row(const Matrix& weights, int64_t row, float* out) {
     constexpr PackedLayout at = packed_layout(type);
     const int64_t pieces = weights.columns / kPieceWeights;
-    const int64_t group_bytes = weights.columns / layout(type).weights * layout(type).bytes * kRows;
+    const int64_t of_group = group_bytes(type, weights.columns);
     Piece piece;
     for (int64_t p = 0; p < pieces; ++p) {
-        unpack<type>(weights.data + row / kRows * group_bytes, p, piece);
+        unpack<type>(weights.data + row / kRows * of_group, p, piece);
         for (int i = 0; i < kPiece; ++i) {
             const int part = i / at.sub_block;
             float value = piece.scales[part][row % kRows] *
@@ -251,52 +252,54 @@ void quantized_row(const Matrix& weights, int64_t row, float* out) {
     }
 }
 
+// Weight `column` of row `row` of a group.
 template <WeightType type>
-inline float read_weight(const std::byte* row, int64_t column) {
+inline float read_weight(const std::byte* group, int64_t column, int64_t row) {
     if constexpr (type == WeightType::F32) {
-        return load<float>(row + 4 * column);
+        return load<float>(group + 4 * (column * kRows + row));
+    } else if constexpr (type == WeightType::F16) {
+        return float_from_half(load<uint16_t>(group + 2 * (column * kRows + row)));
     } else {
-        const uint16_t bits = load<uint16_t>(row + 2 * column);
-        return type == WeightType::F16 ? float_from_half(bits) : float_from_bfloat16(bits);
+        const std::byte* pair = group + 4 * (column / 2 * kRows + row);
+        return float_from_bfloat16(load<uint16_t>(pair + 2 * (column % 2)));
     }
 }
 
 template <WeightType type>
 void float_row(const Matrix& weights, int64_t row, float* out) {
-    const std::byte* data = weights.data + row * weights.columns * layout(type).bytes;
+    const std::byte* group = weights.data + row / kRows * group_bytes(type, weights.columns);
     for (int64_t column = 0; column < weights.columns; ++column) {
-        out[column] = read_weight<type>(data, column);
+        out[column] = read_weight<type>(group, column, row % kRows);
     }
 }
 
-// Column c belongs to lane c % 16. A lane adds its products in order, and the lanes are added by
-// halves: 0+8, 1+9, ...; then 0+4, ...
-inline float add_lanes(float (&lanes)[16]) {
-    for (int half = 8; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+// Adds the products of a part of the columns of one group to the totals of its rows.
+template <WeightType type>
+void add_float_part(const std::byte* group, const float* x, int64_t begin, int64_t end,
+                    float (&totals)[kRows]) {
+    float sums[kRows] = {};
+    for (int64_t column = begin; column < end; ++column) {
+        for (int row = 0; row < kRows; ++row) {
+            sums[row] += read_weight<type>(group, column, row) * x[column];
+        }
     }
-    return lanes[0];
+    for (int row = 0; row < kRows; ++row) totals[row] += sums[row];
 }
 
 template <WeightType type>
 void float_linear(const Matrix& weights, const Activations& input, int64_t tokens,
                   int64_t row_begin, int64_t row_end, float* out, int64_t out_stride, std::byte*) {
     const int64_t columns = weights.columns;
-    for (int64_t row = row_begin; row < row_end; ++row) {
-        const std::byte* data = weights.data + row * columns * layout(type).bytes;
+    for (int64_t row = row_begin; row < row_end; row += kRows) {
+        const std::byte* group = weights.data + row / kRows * group_bytes(type, columns);
         for (int64_t token = 0; token < tokens; ++token) {
-            const float* x = input.values + token * columns;
-            float lanes[16] = {};
-            int64_t column = 0;
-            for (; column + 16 <= columns; column += 16) {
-                for (int lane = 0; lane < 16; ++lane) {
-                    lanes[lane] += read_weight<type>(data, column + lane) * x[column + lane];
-                }
+            float totals[kRows] = {};
+            for (int64_t begin = 0; begin < columns; begin += kFloatPartColumns) {
+                add_float_part<type>(group, input.values + token * columns, begin,
+                                     std::min(columns, begin + kFloatPartColumns), totals);
             }
-            for (int lane = 0; column < columns; ++column, ++lane) {
-                lanes[lane] += read_weight<type>(data, column) * x[column];
-            }
-            out[token * out_stride + row - row_begin] = add_lanes(lanes);
+            std::copy_n(totals, std::min<int64_t>(kRows, row_end - row),
+                        out + token * out_stride + row - row_begin);
         }
     }
 }

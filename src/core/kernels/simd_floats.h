@@ -1,193 +1,199 @@
-// Products of F32, F16 and BF16 weights: row-major, vectors along the row.
+// Products of F32, F16 and BF16 weights: a lane owns a row of a group (blocks.h).
 //
-// A (token, row) has one vector of totals, to which the row's vectors are added in order; in the
-// end its lanes are added as sum_lanes does. Tiles only decide which of them share loads.
+// A (token, row) has one sum for each part of the columns (kFloatPartColumns), to which products
+// are added in the order of the columns, and a total of these sums. Tiles only decide what shares a
+// load.
 #pragma once
 
 #include "kernels.h"
+#include "kernels/numbers.h"
 #include "kernels/simd_common.h"
+#include "packed.h"
 
 namespace smolrun {
 namespace {
 
-constexpr int64_t weight_bytes(WeightType type) { return type == WeightType::F32 ? 4 : 2; }
-
+// How weights meet inputs. A step has one column, or two where a word holds two. It is taken in
+// `parts`, each of one input of four bytes.
 template <WeightType type>
-SMOLRUN_INLINE Floats load_weights(const std::byte* from, int64_t count) {
-    if constexpr (type == WeightType::F32) {
-        return load_up_to(reinterpret_cast<const float*>(from), count);
-    } else if constexpr (type == WeightType::F16) {
-        return count == kLanes ? load_f16(from) : load_f16_part(from, count);
-    } else {
-        return count == kLanes ? load_bf16(from) : load_bf16_part(from, count);
+struct FloatProduct {
+    static constexpr int step_columns = type == WeightType::BF16 ? 2 : 1;
+    static constexpr int64_t step_bytes = kGroupRows * step_columns * layout(type).bytes;
+    static constexpr int parts = step_columns;
+
+    // The weights of one part, of the rows from lane `lane` on.
+    template <int part>
+    SMOLRUN_INLINE static Floats weights(const std::byte* step, int lane) {
+        if constexpr (type == WeightType::F16) {
+            return load_f16(step + 2 * lane);
+        } else if constexpr (type == WeightType::F32) {
+            return load(reinterpret_cast<const float*>(step) + lane);
+        } else {
+            const Words both = load_words(step + 4 * lane);
+            return as_floats(part == 0 ? shift_right<-16>(both)
+                                       : bit_and(both, broadcast_word(-0x10000)));
+        }
     }
-}
-
-constexpr int kTileRows = 4;
-
-// Rows are short, and each is a fresh start to the CPU's own prefetching: the next rows are asked
-// for while these are used.
-SMOLRUN_INLINE int64_t prefetch_distance(int64_t row_bytes) {
-    return smaller(kTileRows * row_bytes, 16384);
-}
-
-// Some columns of a product of four rows and a tile of tokens. Totals between two parts of a row
-// are in memory.
-struct FloatPart {
-    int64_t first_column, count;
-    bool first, last;
+    SMOLRUN_INLINE static Floats input(const std::byte* at) {
+        return broadcast(*reinterpret_cast<const float*>(at));
+    }
+    SMOLRUN_INLINE static Floats add(Floats weights, Floats input, Floats total) {
+        return fma(weights, input, total);
+    }
 };
 
-// Rows past the end are read as the last one there is, and not written.
-template <WeightType type, int tokens>
-void multiply_float_tile(const Matrix& weights, const float* x, const FloatPart& part, int64_t row,
-                         int64_t rows, Floats (*kept)[kTileRows], float* out, int64_t out_stride) {
-    const int64_t columns = weights.columns;
-    const std::byte* from[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-        from[r] = weights.data +
-                  ((row + smaller(r, rows - 1)) * columns + part.first_column) * weight_bytes(type);
+constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
+
+// Some columns of some groups of rows, for some tokens.
+struct FloatPart {
+    const std::byte* weights;  // of the first group, from the first column on
+    int64_t group_bytes;       // from one group to the next
+    const std::byte* inputs;   // of the first token, from the first column on
+    int64_t input_bytes;       // from one token to the next
+    int64_t input_count;       // of four bytes
+    int64_t rows;              // how many there are
+    bool first;                // else what is in `out` is added to
+    float* out;                // [tokens][out_stride]
+    int64_t out_stride;
+};
+
+template <class Product, int vectors, int tokens>
+void multiply_float_tile(const FloatPart& part) {
+    constexpr int parts = Product::parts;
+    Floats totals[tokens][vectors];
+    for (auto& of_token : totals) {
+        for (Floats& total : of_token) total = broadcast(0.0f);
     }
-    const int64_t ahead = prefetch_distance(columns * weight_bytes(type));
-    Floats totals[tokens][kTileRows];
-    for (int t = 0; t < tokens; ++t) {
-        for (int r = 0; r < kTileRows; ++r) {
-            totals[t][r] = part.first ? broadcast(0.0f) : kept[t][r];
+    const std::byte* weights[vectors];
+    for (int v = 0; v < vectors; ++v) {
+        weights[v] = part.weights + v / kGroupVectors * part.group_bytes;
+    }
+    // Every third token has a pointer, from which addresses reach the next two.
+    const std::byte* inputs[(tokens + 2) / 3];
+    for (int t = 0; t < tokens; t += 3) inputs[t / 3] = part.inputs + t * part.input_bytes;
+    const auto multiply = [&]<int i>(int64_t step) SMOLRUN_INLINE_LAMBDA {
+        Floats w[vectors];
+        for (int v = 0; v < vectors; ++v) {
+            w[v] = Product::template weights<i>(weights[v] + step * Product::step_bytes,
+                                                v % kGroupVectors * kLanes);
         }
-    }
-    each_vector(part.count, [&](int64_t column, int64_t count) SMOLRUN_INLINE_LAMBDA {
-        Floats inputs[tokens];
         for (int t = 0; t < tokens; ++t) {
-            inputs[t] = load_up_to(x + t * columns + part.first_column + column, count);
+            const std::byte* const of_token = inputs[t / 3] + t % 3 * part.input_bytes;
+            const Floats x = Product::input(of_token + 4 * (step * parts + i));
+            for (int v = 0; v < vectors; ++v) totals[t][v] = Product::add(w[v], x, totals[t][v]);
         }
-        for (int r = 0; r < kTileRows; ++r) {
-            const std::byte* const at = from[r] + column * weight_bytes(type);
-            if constexpr (tokens < kFloatTileTokens) prefetch(at + ahead, 1);
-            const Floats w = load_weights<type>(at, count);
-            for (int t = 0; t < tokens; ++t) totals[t][r] = fma(w, inputs[t], totals[t][r]);
-        }
-    });
+    };
+    const int64_t steps = part.input_count / parts;
+#pragma GCC unroll 4
+    for (int64_t step = 0; step < steps; ++step) {
+        multiply.template operator()<0>(step);
+        if constexpr (parts == 2) multiply.template operator()<1>(step);
+    }
+    if (steps * parts < part.input_count) multiply.template operator()<0>(steps);
     for (int t = 0; t < tokens; ++t) {
-        if (!part.last) {
-            for (int r = 0; r < kTileRows; ++r) kept[t][r] = totals[t][r];
-            continue;
+        for (int v = 0; v < vectors && v * kLanes < part.rows; ++v) {
+            const int64_t lanes = smaller(kLanes, part.rows - v * kLanes);
+            float* const to = part.out + t * part.out_stride + v * kLanes;
+            store_up_to(to, part.first ? totals[t][v] : add(load_up_to(to, lanes), totals[t][v]),
+                        lanes);
         }
-        const __m128 sums = sum_lanes(totals[t][0], totals[t][1], totals[t][2], totals[t][3]);
-        float* const to = out + t * out_stride;
-        if (rows >= kTileRows) {
-            _mm_storeu_ps(to, sums);
-            continue;
-        }
-        float copy[kTileRows];
-        _mm_storeu_ps(copy, sums);
-        for (int64_t r = 0; r < rows; ++r) to[r] = copy[r];
     }
 }
 
-// Some columns of a range of rows, by tiles of tokens.
-template <WeightType type, int tokens = kFloatTileTokens>
-void multiply_float_tiles(const Matrix& weights, const float* x, const FloatPart& part,
-                          int64_t count, int64_t row_begin, int64_t row_end,
-                          Floats (*kept)[kTileRows], float* out, int64_t out_stride) {
+// A tile of rows, for `count` tokens.
+template <class Product, int vectors, int tokens>
+void multiply_float_tokens(FloatPart part, int64_t count) {
     for (; count >= tokens; count -= tokens) {
-        for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-            multiply_float_tile<type, tokens>(weights, x, part, row, row_end - row, kept,
-                                              out + row - row_begin, out_stride);
-            // Where totals are not kept, there is no room for them either.
-            if (!part.first || !part.last) kept += tokens;
-        }
-        x += tokens * weights.columns;
-        out += tokens * out_stride;
+        multiply_float_tile<Product, vectors, tokens>(part);
+        part.inputs += tokens * part.input_bytes;
+        part.out += tokens * part.out_stride;
     }
     if constexpr (tokens > 1) {
-        if (count > 0) {
-            multiply_float_tiles<type, tokens - 1>(weights, x, part, count, row_begin, row_end,
-                                                   kept, out, out_stride);
+        constexpr int fewer = tokens > kFewFloatTokens ? kFewFloatTokens : tokens - 1;
+        if (count > 0) multiply_float_tokens<Product, vectors, fewer>(part, count);
+    }
+}
+
+// A part of the columns, for the rows [0, rows) and all tokens.
+template <class Product>
+void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
+    const FloatPart start = part;
+    for (int64_t token = 0; token < tokens; token += kFloatTileTokens) {
+        const int64_t count = smaller(kFloatTileTokens, tokens - token);
+        part.inputs = start.inputs + token * start.input_bytes;
+        for (int64_t row = 0; row < rows; row += kTileVectors * kLanes) {
+            part.weights = start.weights + row / kGroupRows * start.group_bytes;
+            part.rows = rows - row;
+            part.out = start.out + token * start.out_stride + row;
+            if (kGroupVectors < kTileVectors && part.rows <= kGroupRows) {
+                multiply_float_tokens<Product, kGroupVectors, kFloatTileTokens>(part, count);
+            } else {
+                multiply_float_tokens<Product, kTileVectors, kFloatTileTokens>(part, count);
+            }
         }
     }
 }
 
-// One token waits for memory alone, and the less there is between two loads, the further the CPU
-// looks ahead. The same sums as in a tile.
-template <WeightType type>
-void multiply_one_token(const Matrix& weights, const float* x, int64_t row_begin, int64_t row_end,
-                        float* out) {
-    constexpr int64_t bytes = weight_bytes(type), line_columns = 64 / bytes;
-    const int64_t columns = weights.columns, row_bytes = columns * bytes;
-    const int64_t whole = columns / line_columns * line_columns;
-    const int64_t ahead = prefetch_distance(row_bytes);
-    int64_t row = row_begin;
-    for (; row + kTileRows <= row_end; row += kTileRows) {
-        const std::byte* from[kTileRows];
-        for (int r = 0; r < kTileRows; ++r) from[r] = weights.data + (row + r) * row_bytes;
-        Floats totals[kTileRows];
-        for (Floats& total : totals) total = broadcast(0.0f);
-        for (int64_t column = 0; column < whole; column += line_columns) {
-            if constexpr (type != WeightType::F32) {
-                for (int r = 0; r < kTileRows; ++r) prefetch(from[r] + column * bytes + ahead, 1);
-            }
-#pragma GCC unroll 8
-            for (int64_t i = column; i < column + line_columns; i += kLanes) {
-                const Floats input = load(x + i);
-                for (int r = 0; r < kTileRows; ++r) {
-                    totals[r] =
-                        fma(load_weights<type>(from[r] + i * bytes, kLanes), input, totals[r]);
-                }
-            }
+// Rows from the start of a group on. `inputs`: [tokens][input_bytes].
+template <class Product>
+void multiply_float_rows(const std::byte* weights, int64_t columns, const std::byte* inputs,
+                         int64_t input_bytes, int64_t tokens, int64_t rows, float* out,
+                         int64_t out_stride) {
+    // Few tokens: one stream through memory, which the CPU foresees better than several. More of
+    // them: a tile's inputs stay in the first-level cache, and the weights of a block in the
+    // second.
+    const int64_t block_rows = tokens <= kFewFloatTokens ? kGroupRows : 128;
+    const int64_t step_columns = Product::step_columns, step_bytes = Product::step_bytes;
+    const int64_t group_bytes = (columns + step_columns - 1) / step_columns * step_bytes;
+    for (int64_t row = 0; row < rows; row += block_rows) {
+        const std::byte* const block = weights + row / kGroupRows * group_bytes;
+        for (int64_t column = 0; column < columns; column += kFloatPartColumns) {
+            const int64_t count = smaller(kFloatPartColumns, columns - column);
+            const FloatPart part{block + column / step_columns * step_bytes,
+                                 group_bytes,
+                                 inputs + column / step_columns * Product::parts * 4,
+                                 input_bytes,
+                                 Product::parts == step_columns ? count : (count + 1) / 2,
+                                 0,
+                                 column == 0,
+                                 out + row,
+                                 out_stride};
+            multiply_float_part<Product>(part, smaller(block_rows, rows - row), tokens);
         }
-        for (int64_t i = whole; i < columns; i += kLanes) {
-            const int64_t count = smaller(kLanes, columns - i);
-            const Floats input = load_up_to(x + i, count);
-            for (int r = 0; r < kTileRows; ++r) {
-                totals[r] = fma(load_weights<type>(from[r] + i * bytes, count), input, totals[r]);
-            }
-        }
-        _mm_storeu_ps(out + row - row_begin, sum_lanes(totals[0], totals[1], totals[2], totals[3]));
-    }
-    if (row < row_end) {
-        multiply_float_tile<type, 1>(weights, x, {0, columns, true, true}, row, row_end - row,
-                                     nullptr, out + row - row_begin, 0);
     }
 }
 
 template <WeightType type>
 void multiply_floats(const Matrix& weights, const Activations& input, int64_t tokens,
                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
-                     std::byte* scratch) {
-    if (tokens == 1) {
-        multiply_one_token<type>(weights, input.values, row_begin, row_end, out);
-        return;
-    }
-    // One tile of tokens streams whole rows. More of them take a part of the columns at a time, so
-    // that a tile's inputs stay in the first-level cache and the weights in the second.
-    constexpr int64_t part_columns = 1024, block_rows = 32;
-    constexpr int64_t room = kLinearScratch / static_cast<int64_t>(sizeof(Floats)) / block_rows;
-    static_assert(block_rows % kTileRows == 0 && part_columns % kLanes == 0);
-    auto* const kept = reinterpret_cast<Floats(*)[kTileRows]>(scratch);
-    const bool one_tile = tokens <= kFloatTileTokens;
-    const int64_t columns = weights.columns;
-    const int64_t step = one_tile ? columns : part_columns;
-    const int64_t rows = one_tile ? row_end - row_begin : block_rows;
-    for (int64_t row = row_begin; row < row_end; row += rows) {
-        const int64_t end = smaller(row + rows, row_end);
-        for (int64_t token = 0; token < tokens; token += room) {
-            for (int64_t column = 0; column < columns; column += step) {
-                const FloatPart part{column, smaller(step, columns - column), column == 0,
-                                     column + step >= columns};
-                multiply_float_tiles<type>(weights, input.values + token * columns, part,
-                                           smaller(room, tokens - token), row, end, kept,
-                                           out + token * out_stride + row - row_begin, out_stride);
-            }
-        }
-    }
+                     std::byte*) {
+    using Product = FloatProduct<type>;
+    const int64_t columns = weights.columns,
+                  steps = (columns + Product::step_columns - 1) / Product::step_columns;
+    multiply_float_rows<Product>(
+        weights.data + row_begin / kGroupRows * steps * Product::step_bytes, columns,
+        reinterpret_cast<const std::byte*>(input.values), 4 * columns, tokens, row_end - row_begin,
+        out, out_stride);
 }
 
 template <WeightType type>
 void read_row(const Matrix& weights, int64_t row, float* out) {
-    const std::byte* from = weights.data + row * weights.columns * weight_bytes(type);
-    each_vector(weights.columns, [&](int64_t i, int64_t count) {
-        store_up_to(out + i, load_weights<type>(from + i * weight_bytes(type), count), count);
-    });
+    using Product = FloatProduct<type>;
+    constexpr int64_t bytes = layout(type).bytes, together = Product::step_columns;
+    const int64_t group_bytes = (weights.columns + together - 1) / together * Product::step_bytes;
+    const std::byte* const from =
+        weights.data + row / kGroupRows * group_bytes + row % kGroupRows * together * bytes;
+    for (int64_t column = 0; column < weights.columns; ++column) {
+        const std::byte* const at =
+            from + column / together * Product::step_bytes + column % together * bytes;
+        if constexpr (type == WeightType::F32) {
+            out[column] = smolrun::load<float>(at);
+        } else if constexpr (type == WeightType::F16) {
+            out[column] = float_from_half(smolrun::load<uint16_t>(at));
+        } else {
+            out[column] = float_from_bfloat16(smolrun::load<uint16_t>(at));
+        }
+    }
 }
 
 }  // namespace

@@ -28,9 +28,9 @@ _CHUNKS_BETWEEN_REPORTS = 16  # of about 1 MiB
 class WeightLoading:
     """The weights of a listing on their way: matrices become Weight, vectors float32 arrays.
 
-    Matrices are packed, or copied where they are float, into huge pages, from which they are read
-    up to a third faster than from the file's own. The file's pages are given back meanwhile, so
-    that memory never holds two copies: the peak is the size of the files and a few megabytes.
+    Matrices are packed into huge pages, from which they are read up to a third faster than from the
+    file's own. The memory of what is packed is given back meanwhile, so that there are never two
+    copies: the peak is the size of the weights and a few megabytes.
 
     All but one of `threads` begin at once, and the caller's thread joins them in `finish`: between
     the two, it can build a tokenizer. Leaving the `with` block ends what is still under way; the
@@ -43,7 +43,9 @@ class WeightLoading:
         program: Program,
         threads: int,
         file_of: Callable[[Tensor], MappedFile | None],
+        consumed: Mapping[str, Tensor],
     ) -> None:
+        tensors = {**tensors, **consumed}
         self._matrices = [name for name, shape in program.weights.items() if len(shape) > 1]
         self._vectors = {
             name: tensor_values(tensors[name])
@@ -52,7 +54,10 @@ class WeightLoading:
         }
         self._total = sum(tensors[name].data.nbytes for name in program.weights)
         self._packing = Packing(
-            [_source(tensors[name], file_of(tensors[name])) for name in self._matrices]
+            [
+                _source(tensors[name], file_of(tensors[name]), name in consumed)
+                for name in self._matrices
+            ]
         )
         self._helpers: list[threading.Thread] = []
         with contextlib.suppress(RuntimeError):  # of helpers that the system refuses: do without
@@ -63,15 +68,20 @@ class WeightLoading:
 
     @classmethod
     def from_file(cls, checkpoint: Checkpoint, program: Program, threads: int) -> WeightLoading:
-        """Begin with the weights of a checkpoint."""
-        return cls(checkpoint.tensors, program, threads, checkpoint.file_of)
+        """Begin with the weights of a checkpoint. Converted matrices are taken out of it."""
+        converted = {
+            name: checkpoint.tensors.pop(name)
+            for name, shape in program.weights.items()
+            if len(shape) > 1 and checkpoint.file_of(checkpoint.tensors[name]) is None
+        }
+        return cls(checkpoint.tensors, program, threads, checkpoint.file_of, converted)
 
     @classmethod
     def from_memory(
         cls, tensors: Mapping[str, Tensor], program: Program, threads: int
     ) -> WeightLoading:
         """Begin with tensors that lie in no file, such as random ones."""
-        return cls(tensors, program, threads, lambda tensor: None)
+        return cls(tensors, program, threads, lambda tensor: None, {})
 
     def finish(self, progress: Progress | None = None) -> NativeWeights:
         """Pack what is left, and return the weights by canonical name."""
@@ -103,12 +113,15 @@ class WeightLoading:
 
 
 def _source(
-    tensor: Tensor, file: MappedFile | None
+    tensor: Tensor, file: MappedFile | None, consumed: bool
 ) -> tuple[str, int, int, npt.NDArray[np.uint8], int, bool, bool]:
     """The arguments of a Weight."""
-    data = tensor.data
-    if file is None and tensor.type.is_float and data.ctypes.data % tensor.type.block_bytes:
-        data = data.copy()  # used where it lies, which may be anywhere
-    from_file = file is not None
-    head_dim = tensor.interleaved_head_dim
-    return tensor.type.value, tensor.rows, tensor.columns, data, head_dim, from_file, from_file
+    return (
+        tensor.type.value,
+        tensor.rows,
+        tensor.columns,
+        tensor.data,
+        tensor.interleaved_head_dim,
+        file is not None,
+        consumed,
+    )
