@@ -4,7 +4,7 @@
 // number of chunks that may run in any order, and a phase starts when the one before it is done.
 // Chunks are handed out by one ticket counter that runs through the whole step, so that a phase is
 // finished by whoever is running: a worker whose core was taken away delays only the chunk it
-// holds, never a barrier it has not reached.
+// holds, never a barrier it has not reached. A worker that waits for a phase to start holds none.
 //
 // Every thread must walk through the same phases with the same chunk counts.
 #pragma once
@@ -54,6 +54,19 @@ class Team {
     void carry_out(int index) noexcept;
     void fail(std::exception_ptr error) noexcept;
     void await_phase(uint32_t phase) const;
+
+    // Tickets below `end`: whether there is one, and the next, or -1.
+    bool chunks_left(int64_t end) const { return ticket_.load(std::memory_order_relaxed) < end; }
+    int64_t take(int64_t end) {
+        int64_t next = ticket_.load(std::memory_order_relaxed);
+        while (next < end) {
+            if (ticket_.compare_exchange_weak(next, next + 1, std::memory_order_relaxed)) {
+                return next;
+            }
+        }
+        return -1;
+    }
+
     void finish(uint32_t phase, int64_t chunks, int64_t phase_end);
 
     const int threads_;
@@ -95,17 +108,15 @@ class Worker {
     template <class Prepare, class Work>
     void phase(int64_t chunks, Prepare&& prepare, Work&& work) {
         if (chunks <= 0) return;
-        if (ticket_ < 0) ticket_ = take();
         const int64_t end = begin_ + chunks;
         int64_t finished = 0;
-        while (ticket_ < end) {
-            if (finished == 0) {
-                team_.await_phase(phase_);
-                prepare();
+        if (team_.chunks_left(end)) {
+            team_.await_phase(phase_);
+            for (int64_t ticket = team_.take(end); ticket >= 0; ticket = team_.take(end)) {
+                if (finished == 0) prepare();
+                work(ticket - begin_);
+                ++finished;
             }
-            work(ticket_ - begin_);
-            ++finished;
-            ticket_ = take();
         }
         if (finished > 0) team_.finish(phase_, finished, end);
         chunks_done_ += finished;
@@ -116,12 +127,9 @@ class Worker {
   private:
     friend class Team;
 
-    int64_t take() { return team_.ticket_.fetch_add(1, std::memory_order_relaxed); }
-
     Team& team_;
     const int index_;
-    int64_t ticket_ = -1;  // the chunk this thread holds; none yet
-    int64_t begin_ = 0;    // ticket of the phase's first chunk
+    int64_t begin_ = 0;  // ticket of the phase's first chunk
     uint32_t phase_ = 0;
     int64_t chunks_done_ = 0;
 };

@@ -1,9 +1,11 @@
 // Drives a Team through many short phases; built with -fsanitize=thread by test_threads.py.
 // Ends with 0, or says what went wrong.
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "threads.h"
@@ -59,6 +61,25 @@ bool exceptions_come_out(smolrun::Team& team) {
     return caught == 40;
 }
 
+// Whoever ends a phase can go on with the next one by itself. A thread that took a chunk of it
+// beforehand would hold the others up until the system lets it run again.
+bool waiting_threads_hold_nothing(smolrun::Team& team) {
+    int went_on = 0;
+    for (int step = 0; step < 50; ++step) {
+        int first = -1, second = -1;
+        team.run([&](smolrun::Worker& worker) {
+            worker.phase(1, [&](int64_t) {
+                // Long enough for the others to come to the next phase and to fall asleep.
+                std::this_thread::sleep_for(std::chrono::milliseconds(2));
+                first = worker.index();
+            });
+            worker.phase(1, [&](int64_t) { second = worker.index(); });
+        });
+        went_on += first == second;
+    }
+    return went_on > 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -66,7 +87,7 @@ int main(int argc, char** argv) {
     for (const int threads : {1, 2, 3, 8}) {
         smolrun::Team team(threads);
         if (!phases_are_ordered(team, steps) || !exceptions_come_out(team) ||
-            !phases_are_ordered(team, steps)) {
+            !phases_are_ordered(team, steps) || !waiting_threads_hold_nothing(team)) {
             std::printf("%d threads: wrong\n", threads);
             return 1;
         }
