@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from smolrun.cli.main import main
+from smolrun.measure.formats import PLAN
 from tests.api.tiny import TEXT
 
 
@@ -43,6 +45,26 @@ def test_compare(tiny: Path, text: str, capsys: pytest.CaptureFixture[str]) -> N
     assert found["others"][0]["whole"]["top1"] == {"value": 1.0, "error": 0.0}
 
 
+def test_formats(
+    tiny: Path,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = dataclasses.replace(PLAN, prompt_tokens=(8,), decode_tokens=(2,), start=False)
+    monkeypatch.setattr("smolrun.measure.formats.PLAN", plan)
+    options = ["--text", text, "--window", "16", "-t", "1", "-r", "1", "-o", str(tmp_path)]
+    assert main(["formats", str(tiny), "--formats", "f16,q8_0", *options]) == 0
+    out = capsys.readouterr().out
+    assert "| F16 |" in out
+    assert "| Q8_0 |" in out
+    assert main(["formats", str(tiny), "--formats", "q8_0", "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["format"] for row in found["formats"]] == ["Q8_0"]
+    assert not found["formats"][0]["file"]["made"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -51,6 +73,8 @@ def test_compare(tiny: Path, text: str, capsys: pytest.CaptureFixture[str]) -> N
         (["perplexity", "{tiny}", "--text", "none.txt"], "none.txt: No such file"),
         (["perplexity", "{tiny}", "--window", "8", "--stride", "8"], "stride: expected 1 to 7"),
         (["compare", "{tiny}"], "OTHER"),
+        (["formats", "{tiny}", "--plot", "x.jpg"], "ends in .svg or .png"),
+        (["formats", "{tiny}", "--formats", "q9"], "there is no type"),
     ],
 )
 def test_wrong_usage(

@@ -27,6 +27,7 @@ VERBS = {
     "bench": "how fast models run here, beside what the machine can do",
     "perplexity": "how well a model predicts a text",
     "compare": "how far other files of a model are from one of them",
+    "formats": "make the formats of a model, and measure size, speed and quality",
     "convert": "safetensors to GGUF, and GGUF to safetensors",
     "quantize": "make a GGUF file of smaller weights",
     "pull": "download models",

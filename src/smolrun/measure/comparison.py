@@ -68,6 +68,7 @@ def compare(
     text: str,
     *,
     window: int = WINDOW_TOKENS,
+    split: bool = True,
     progress: Callable[[int, int], None] | None = None,
     **reading: Any,
 ) -> Comparison:
@@ -77,6 +78,7 @@ def compare(
         base, others: files or folders of models with the same vocabulary.
         text: what to read; at least `window` tokens.
         window: tokens of a window, of which the second half counts.
+        split: tell the format's loss from the arithmetic's, which takes another reading.
         progress: called with the windows done, and those in all.
         reading: `dtype`, `threads` and `activations` of `Model`. The base is computed exactly.
 
@@ -95,15 +97,16 @@ def compare(
         tokens = models[0].tokenize(text, parse_special=False)
         windows = text_windows(len(tokens), window)
         pairs = [(0, 0)]
-        split: list[bool] = []
+        are_split: list[bool] = []
         for path in others:
             place = opened(path)
             check_vocabularies(models)
             if models[place].tokenize(text, parse_special=False) != tokens:
                 raise RequestError(f"{path}: its tokenizer cuts the text otherwise than {base}'s")
             pairs.append((0, place))
-            split.append(reading.get("activations") != "exact" and _rounds_activations(path))
-            if split[-1]:
+            rounds = reading.get("activations") != "exact" and _rounds_activations(path)
+            are_split.append(split and rounds)
+            if are_split[-1]:
                 exact = opened(path, activations="exact")
                 pairs += [(0, exact), (exact, place)]
         found = iter(side_by_side(models, tokens, windows, pairs, progress))
@@ -117,7 +120,7 @@ def compare(
                     next(found) if is_split else None,
                     next(found) if is_split else None,
                 )
-                for path, is_split in zip(others, split, strict=True)
+                for path, is_split in zip(others, are_split, strict=True)
             ],
         )
 
