@@ -1,8 +1,12 @@
 // What the simd_*.h share, on top of avx2_vector.h or avx512_vector.h, one of which comes first.
 #pragma once
 
+#include "blocks.h"
+
 namespace smolrun {
 namespace {
+
+constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
 
 SMOLRUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

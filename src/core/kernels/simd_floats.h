@@ -42,8 +42,6 @@ struct FloatProduct {
     }
 };
 
-constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
-
 // Some columns of some groups of rows, for some tokens.
 struct FloatPart {
     const std::byte* weights;  // of the first group, from the first column on

@@ -9,8 +9,6 @@
 namespace smolrun {
 namespace {
 
-constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
-
 // What a product needs to know of a weight type once codes are unpacked.
 template <bool two_scales_, int minimums_>
 struct UnpackedSteps {
