@@ -22,19 +22,14 @@ constexpr int kSubBlockTileTokens = 8;
 // And where tokens are more than two tiles, with codes unpacked beforehand (simd_unpacked.h): 2 x 4
 // integer totals.
 constexpr int kUnpackedTileTokens = 4;
-// Two vectors are the rows of a group.
-constexpr int kTileVectors = 2;
-constexpr int kDirectTokens = 2;
-constexpr int kFewTokens = 2;
-constexpr int kByteTileTokens = 4;
+constexpr int kByteTileTokens = 8;
 // Pairs of products with codes of 8 bits do not fit 16.
 constexpr int kByteProductBits = 6;
+constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 6;
 constexpr int kFewFloatTokens = 3;
 constexpr int kTileRowsOfAttention = 2;
 constexpr int kAttentionTotals = 8;
-// How far ahead of its use a weight is asked for.
-constexpr int64_t kPrefetchBytes = 1024;
 
 using Floats = __m256;
 using Words = __m256i;  // 32-bit integers, or pairs of 16-bit ones

@@ -29,25 +29,18 @@ constexpr int kTileTokens = 12;
 constexpr int kSubBlockTileTokens = 8;
 // Codes are never unpacked beforehand (simd_unpacked.h).
 constexpr int kUnpackedTileTokens = 0;
-// Tiles of a fast product: row vectors.
-constexpr int kTileVectors = 2;
-// So many tokens meet the codes as they are unpacked; and up to so many in all, in several passes,
-// do without a copy of unpacked codes.
-constexpr int kDirectTokens = 4;
-constexpr int kFewTokens = 8;
-// Tiles of a fast product: 2 x 4 float totals beside the 2 x 8 words of codes of a piece. And the
-// most bits of weights' codes for which it is faster.
-constexpr int kByteTileTokens = 4;
+// Tokens in a tile of a fast product: as many float totals, beside the 8 words of codes of a piece.
+// And the most bits of weights' codes for which it is faster.
+constexpr int kByteTileTokens = 16;
 constexpr int kByteProductBits = 8;
-// Tiles of a product of float weights: 2 x 12 totals. And so many tokens that one group of rows at
-// a time does.
+// Tiles of a product of float weights: vectors of rows x tokens, 2 x 12 totals. And so many tokens
+// that one group of rows at a time does.
+constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 12;
 constexpr int kFewFloatTokens = 6;
 // Tiles of attention: rows that share a load of K or V, and totals in registers.
 constexpr int kTileRowsOfAttention = 12;
 constexpr int kAttentionTotals = 24;
-// How far ahead of its use a weight is asked for.
-constexpr int64_t kPrefetchBytes = 1024;
 
 using Floats = __m512;
 using Words = __m512i;  // 32-bit integers, or pairs of 16-bit ones

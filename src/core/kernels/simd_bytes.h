@@ -1,7 +1,8 @@
 // Fast products of quantized weights: with inputs of 8 bits.
 //
-// As in simd_quantized.h, the products for few and for many tokens add to a (token, row) the same
-// exact integer sums in the same steps (add_bytes), so they give the same bits.
+// For one token and for many alike, the codes of a vector of rows are unpacked into registers,
+// where a tile of tokens meets them; the next tile unpacks them anew. So all add to a (token, row)
+// the same exact integer sums in the same steps (add_bytes), and give the same bits.
 #pragma once
 
 #include "kernels.h"
@@ -81,220 +82,85 @@ SMOLRUN_INLINE HalfScales half_scales(const std::byte* block, int piece, int lan
     return halves;
 }
 
-// ---- few tokens: straight from the packed weights
+// ---- products
 
-template <WeightType type, int half, int tokens>
-SMOLRUN_INLINE void dot_half(const std::byte* low, const std::byte* high, const BytePiece* input,
-                             int64_t pieces, Words (&dots)[tokens][2]) {
-    const Words a = read_quad<type, 4 * half>(low, high);
-    const Words b = read_quad<type, 4 * half + 1>(low, high);
-    const Words c = read_quad<type, 4 * half + 2>(low, high);
-    const Words d = read_quad<type, 4 * half + 3>(low, high);
-    for (int t = 0; t < tokens; ++t) {
-        dots[t][half] = half_dot<ByteStepsOf<type>>(a, b, c, d, input[t * pieces], half);
-    }
+template <WeightType type, int quad = 0>
+SMOLRUN_INLINE void read_quads(const std::byte* low, const std::byte* high,
+                               Words (&out)[kPieceQuads]) {
+    out[quad] = read_quad<type, quad>(low, high);
+    if constexpr (quad + 1 < kPieceQuads) read_quads<type, quad + 1>(low, high, out);
 }
 
-// One group of rows.
+// Some tokens and one group of rows, of which there are `rows`.
 template <WeightType type, int tokens>
-void multiply_bytes_directly(const Matrix& weights, const Activations& input, int64_t first_token,
-                             int64_t row, int64_t row_end, float* out, int64_t out_stride) {
+void multiply_byte_tile(const Matrix& weights, const BytePiece* input, int64_t row, int64_t rows,
+                        float* out, int64_t out_stride) {
     using F = Format<type>;
-    constexpr int halves = static_cast<int>(kGroupRows) / kLanes;
+    using Steps = ByteStepsOf<type>;
     const int64_t pieces = weights.columns / kPieceWeights;
     const int64_t blocks = pieces / F::block_pieces;
     const std::byte* block = weights.data + row / kGroupRows * blocks * F::block_bytes;
-    const BytePiece* from = input.bytes + first_token * pieces;
-    Floats totals[halves][tokens];
-    for (auto& half : totals) {
-        for (Floats& total : half) total = broadcast(0.0f);
+    Floats totals[kGroupVectors][tokens];
+    for (auto& of_vector : totals) {
+        for (Floats& total : of_vector) total = broadcast(0.0f);
     }
     for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
-        prefetch(block + kPrefetchBytes, F::block_bytes);
-        for (int piece = 0; piece < F::block_pieces; ++piece, ++from) {
-            for (int half = 0; half < halves; ++half) {
-                const int lane = half * kLanes;
-                const std::byte* const low = low_plane<type>(block, piece, lane);
-                const std::byte* const high = high_plane<type>(block, piece, lane);
-                Words dots[tokens][2];
-                dot_half<type, 0>(low, high, from, pieces, dots);
-                dot_half<type, 1>(low, high, from, pieces, dots);
+        for (int piece = 0; piece < F::block_pieces; ++piece, ++input) {
+            prefetch_ahead<type>(block, piece);
+            for (int v = 0; v < kGroupVectors; ++v) {
+                const int lane = v * kLanes;
+                Words codes[kPieceQuads];
+                read_quads<type>(low_plane<type>(block, piece, lane),
+                                 high_plane<type>(block, piece, lane), codes);
                 const HalfScales scales = half_scales<type>(block, piece, lane);
                 for (int t = 0; t < tokens; ++t) {
-                    totals[half][t] = add_bytes<ByteStepsOf<type>>(
-                        totals[half][t], dots[t], scales.scale, scales.minimum, from[t * pieces]);
+                    const BytePiece& of_token = input[t * pieces];
+                    const Words dots[2] = {
+                        half_dot<Steps>(codes[0], codes[1], codes[2], codes[3], of_token, 0),
+                        half_dot<Steps>(codes[4], codes[5], codes[6], codes[7], of_token, 1)};
+                    totals[v][t] = add_bytes<Steps>(totals[v][t], dots, scales.scale,
+                                                    scales.minimum, of_token);
                 }
             }
         }
     }
-    for (int half = 0; half < halves; ++half) {
-        const int64_t rows = row_end - row - half * kLanes;
-        if (rows <= 0) break;
+    for (int v = 0; v < kGroupVectors && v * kLanes < rows; ++v) {
+        const int64_t count = smaller(kLanes, rows - v * kLanes);
         for (int t = 0; t < tokens; ++t) {
-            store_up_to(out + (first_token + t) * out_stride + half * kLanes, totals[half][t],
-                        smaller(kLanes, rows));
+            store_up_to(out + t * out_stride + v * kLanes, totals[v][t], count);
         }
     }
 }
 
-// ---- many tokens: codes unpacked once for all of them
-
-// A piece of `vectors` vectors of rows, ready to multiply.
-template <int vectors>
-struct UnpackedBytes {
-    Words codes[vectors][kPieceQuads];
-    HalfScales scales[vectors];
-};
-
-template <WeightType type, int quad = 0>
-SMOLRUN_INLINE void unpack_quads(const std::byte* low, const std::byte* high,
-                                 Words (&out)[kPieceQuads]) {
-    store_words(&out[quad], read_quad<type, quad>(low, high));
-    if constexpr (quad + 1 < kPieceQuads) unpack_quads<type, quad + 1>(low, high, out);
-}
-
-// Unpacks the rows of one vector.
-template <WeightType type, int vectors>
-SMOLRUN_INLINE void unpack_bytes(const std::byte* block, int piece, int lane, int vector,
-                                 UnpackedBytes<vectors>& out) {
-    unpack_quads<type>(low_plane<type>(block, piece, lane), high_plane<type>(block, piece, lane),
-                       out.codes[vector]);
-    out.scales[vector] = half_scales<type>(block, piece, lane);
-}
-
-// Pieces that are unpacked at a time: few enough that they stay in the first-level cache.
-constexpr int kUnpackedBytePieces = 16;
-
-// Some pieces of a product, from `first_piece` of the row on; `out` holds the totals of the pieces
-// before, none of which there are where `fresh`.
-template <int vectors>
-struct BytePart {
-    const UnpackedBytes<vectors>* pieces;
-    int64_t first_piece, count;
-    bool fresh;
-    int64_t rows;  // how many of the vectors' rows there are
-    float* out;    // [tokens][out_stride], from the first row
-    int64_t out_stride;
-};
-
-template <class Steps, int vectors, int tokens>
-void multiply_byte_tile(const BytePart<vectors>& part, const Activations& input,
-                        int64_t first_token) {
-    const int64_t row_pieces = input.columns / kPieceWeights;
-    const auto lanes = [&](int v) { return smaller(kLanes, part.rows - v * kLanes); };
-    float* const out = part.out + first_token * part.out_stride;
-
-    Floats totals[tokens][vectors];
-    for (int t = 0; t < tokens; ++t) {
-        for (int v = 0; v < vectors; ++v) {
-            const float* from = out + t * part.out_stride + v * kLanes;
-            totals[t][v] = part.fresh ? broadcast(0.0f) : load_up_to(from, lanes(v));
+// A tile of `count` tokens, at most `most`.
+template <WeightType type, int most = kByteTileTokens>
+void multiply_byte_tile_of(int64_t count, const Matrix& weights, const BytePiece* input,
+                           int64_t row, int64_t rows, float* out, int64_t out_stride) {
+    if constexpr (most > 1) {
+        if (count < most) {
+            multiply_byte_tile_of<type, most - 1>(count, weights, input, row, rows, out,
+                                                  out_stride);
+            return;
         }
     }
-    const BytePiece* from = input.bytes + first_token * row_pieces + part.first_piece;
-    for (int64_t i = 0; i < part.count; ++i, ++from) {
-        const UnpackedBytes<vectors>& piece = part.pieces[i];
-        for (int t = 0; t < tokens; ++t) {
-            const BytePiece& of_token = from[t * row_pieces];
-            for (int v = 0; v < vectors; ++v) {
-                const Words(&codes)[kPieceQuads] = piece.codes[v];
-                const Words dots[2] = {
-                    half_dot<Steps>(codes[0], codes[1], codes[2], codes[3], of_token, 0),
-                    half_dot<Steps>(codes[4], codes[5], codes[6], codes[7], of_token, 1)};
-                totals[t][v] = add_bytes<Steps>(totals[t][v], dots, piece.scales[v].scale,
-                                                piece.scales[v].minimum, of_token);
-            }
-        }
-    }
-    for (int t = 0; t < tokens; ++t) {
-        for (int v = 0; v < vectors; ++v) {
-            if (lanes(v) <= 0) break;
-            store_up_to(out + t * part.out_stride + v * kLanes, totals[t][v], lanes(v));
-        }
-    }
+    multiply_byte_tile<type, most>(weights, input, row, rows, out, out_stride);
 }
 
-template <class Steps, int vectors, int tokens = kByteTileTokens>
-void multiply_byte_tiles(const BytePart<vectors>& part, const Activations& input,
-                         int64_t first_token, int64_t end) {
-    for (; first_token + tokens <= end; first_token += tokens) {
-        multiply_byte_tile<Steps, vectors, tokens>(part, input, first_token);
-    }
-    if constexpr (tokens > 1) {
-        if (first_token < end) {
-            multiply_byte_tiles<Steps, vectors, tokens - 1>(part, input, first_token, end);
-        }
-    }
-}
-
-// A tile of `vectors` vectors of rows, from the start of a group on.
-template <WeightType type, int vectors>
-void multiply_byte_rows(const Matrix& weights, const Activations& input, int64_t tokens,
-                        int64_t row, int64_t row_end, float* out, int64_t out_stride,
-                        std::byte* scratch) {
-    using F = Format<type>;
-    constexpr int halves = static_cast<int>(kGroupRows) / kLanes;
-    static_assert(sizeof(UnpackedBytes<vectors>) * kUnpackedBytePieces <= kLinearScratch);
-    auto* const unpacked = reinterpret_cast<UnpackedBytes<vectors>*>(scratch);
-    const int64_t pieces = weights.columns / kPieceWeights;
-    const int64_t group_bytes = pieces / F::block_pieces * F::block_bytes;
-    for (int64_t first = 0; first < pieces; first += kUnpackedBytePieces) {
-        const int64_t count = smaller(kUnpackedBytePieces, pieces - first);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t block = (first + i) / F::block_pieces;
-            const int piece = static_cast<int>((first + i) % F::block_pieces);
-            for (int v = 0; v < vectors; ++v) {
-                const int64_t group = row / kGroupRows + v / halves;
-                const std::byte* const from =
-                    weights.data + group * group_bytes + block * F::block_bytes;
-                // What the next unpacking reads comes while this one is multiplied.
-                if (piece == 0 && v % halves == 0) {
-                    prefetch(from + kUnpackedBytePieces / F::block_pieces * F::block_bytes,
-                             F::block_bytes);
-                }
-                unpack_bytes<type>(from, piece, v % halves * kLanes, v, unpacked[i]);
-            }
-        }
-        const BytePart<vectors> part{unpacked,      first, count,     first == 0,
-                                     row_end - row, out,   out_stride};
-        multiply_byte_tiles<ByteStepsOf<type>, vectors>(part, input, 0, tokens);
-    }
-}
-
-// Few tokens: one group of rows at a time, which the passes after the first find in the cache.
-template <WeightType type, int tokens = kDirectTokens>
-void multiply_few_bytes(const Matrix& weights, const Activations& input, int64_t first_token,
-                        int64_t end, int64_t row, int64_t row_end, float* out, int64_t out_stride) {
-    for (; first_token + tokens <= end; first_token += tokens) {
-        multiply_bytes_directly<type, tokens>(weights, input, first_token, row, row_end, out,
-                                              out_stride);
-    }
-    if constexpr (tokens > 1) {
-        if (first_token < end) {
-            multiply_few_bytes<type, tokens - 1>(weights, input, first_token, end, row, row_end,
-                                                 out, out_stride);
-        }
-    }
-}
-
+// One group of rows at a time, which the tiles after the first find in the cache.
 template <WeightType type>
 void multiply_bytes(const Matrix& weights, const Activations& input, int64_t tokens,
                     int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
-                    std::byte* scratch) {
-    constexpr int64_t tile_rows = kTileVectors * kLanes;
-    constexpr int group_vectors = static_cast<int>(kGroupRows) / kLanes;
-    const bool few = tokens <= kFewTokens;
-    for (int64_t row = row_begin; row < row_end; row += few ? kGroupRows : tile_rows) {
-        float* const to = out + row - row_begin;
-        if (few) {
-            multiply_few_bytes<type>(weights, input, 0, tokens, row,
-                                     smaller(row + kGroupRows, row_end), to, out_stride);
-        } else if (group_vectors < kTileVectors && row + kGroupRows >= row_end) {
-            multiply_byte_rows<type, group_vectors>(weights, input, tokens, row, row_end, to,
-                                                    out_stride, scratch);
-        } else {
-            multiply_byte_rows<type, kTileVectors>(weights, input, tokens, row, row_end, to,
-                                                   out_stride, scratch);
+                    std::byte* /*scratch*/) {
+    const int64_t pieces = weights.columns / kPieceWeights;
+    // As equal as can be: a tile costs one unpacking, however few tokens it has.
+    const int64_t tiles = (tokens + kByteTileTokens - 1) / kByteTileTokens;
+    for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+        const int64_t rows = smaller(kGroupRows, row_end - row);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t first = tile * tokens / tiles;
+            const int64_t count = (tile + 1) * tokens / tiles - first;
+            multiply_byte_tile_of<type>(count, weights, input.bytes + first * pieces, row, rows,
+                                        out + first * out_stride + row - row_begin, out_stride);
         }
     }
 }

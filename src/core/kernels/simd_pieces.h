@@ -11,6 +11,7 @@ namespace {
 constexpr int kPieceQuads = 8;
 constexpr int kPieceWords = 16;                 // an even and an odd word for each quad
 constexpr int64_t kWordBytes = 4 * kGroupRows;  // one word of each row
+constexpr int64_t kPrefetchPacked = 8192;       // bytes, or a little more, that are asked for ahead
 
 template <WeightType type>
 struct Format {
@@ -120,14 +121,10 @@ SMOLRUN_INLINE const std::byte* high_plane(const std::byte* block, int piece, in
 template <WeightType type>
 SMOLRUN_INLINE void prefetch_ahead(const std::byte* block, int piece) {
     using F = Format<type>;
-    if constexpr (F::block_pieces == 1) {
-        prefetch(block + kPrefetchBytes, F::block_bytes);
-    } else {
-        constexpr int64_t part = F::block_bytes / F::block_pieces;
-        constexpr int64_t blocks = (kPrefetchBytes + F::block_bytes - 1) / F::block_bytes;
-        const int64_t first = (piece + F::block_pieces - 1) % F::block_pieces * part;
-        prefetch(block + blocks * F::block_bytes + first, part);
-    }
+    constexpr int64_t blocks = (kPrefetchPacked + F::block_bytes - 1) / F::block_bytes;
+    constexpr int64_t part = F::block_bytes / F::block_pieces;
+    const int64_t first = (piece + F::block_pieces - 1) % F::block_pieces * part;
+    prefetch_second_level(block + blocks * F::block_bytes + first, part);
 }
 
 // Calls work.operator()<quad>(codes) for some quads of a piece. `lane`: the first row in the group.
