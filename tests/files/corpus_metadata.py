@@ -51,6 +51,14 @@ def tokenizer_cases() -> Iterator[Case]:
                 full,
                 str(value),
             )
+    own: dict[str, tuple[str, object]] = {
+        "ignore_merges": ("u32", 1),
+        "eos_token_ids": ("[u32]", [1, count]),
+        "rope_scaling.truncate": ("string", "no"),
+        "rope_scaling.mscale": ("f32", -1.0),
+    }
+    for key, wrong_value in own.items():
+        yield gguf(f"own-{key}", changed({f"smolrun.{key}": wrong_value}), f"smolrun.{key}")
     for name, merges, word in (
         ("unknown-token", ["a b", "x y"], "x"),
         ("one-part", ["ab"], "ab"),

@@ -210,8 +210,20 @@ def test_merges_of_either_spelling() -> None:
         ({"model": {"vocab": [], "merges": []}}, ModelFormatError, "model.vocab"),
         ({"model": {"vocab": {"a": ROWS}, "merges": []}}, ModelFormatError, "id below 420"),
         ({"model": {"vocab": {"a": True}, "merges": []}}, ModelFormatError, "id below 420"),
-        ({"model": {"vocab": {}, "merges": {}}}, ModelFormatError, "model.merges"),
-        ({"model": {"vocab": {}, "merges": [5]}}, ModelFormatError, "pairs of tokens"),
+        ({"model": {"vocab": {"a": 1, "b": 1}, "merges": []}}, ModelFormatError, "another token"),
+        ({"model": {"vocab": {}, "merges": {}}, "added_tokens": []}, ModelFormatError, "merges"),
+        ({"model": {"vocab": {}, "merges": [5]}, "added_tokens": []}, ModelFormatError, "pairs"),
+        ({"added_tokens": [{"id": 5, "content": "<think>"}]}, ModelFormatError, "found 5"),
+        ({"added_tokens": [{"id": 5, "content": "<|im_end|>"}]}, ModelFormatError, "id 2, found 5"),
+        ({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}] * 2}, ModelFormatError, "twice"),
+        (
+            {
+                "model": {"vocab": {"a": 1}, "merges": []},
+                "added_tokens": [{"id": 1, "content": "x"}],
+            },
+            ModelFormatError,
+            "id 1 is that of another",
+        ),
         ({"added_tokens": [5]}, ModelFormatError, "added_tokens"),
         ({"added_tokens": [{"id": ROWS, "content": "x"}]}, ModelFormatError, "420 rows"),
     ],
@@ -220,6 +232,21 @@ def test_what_is_refused(change: dict[str, Any], error: type[Exception], message
     values = {**json.loads(trained("smollm").to_str()), **change}
     with pytest.raises(error, match=message):
         gguf_vocabulary(folder_data(values), {}, ROWS)
+
+
+def test_two_tokens_of_one_text() -> None:
+    data = TokenizerData(
+        origin="m.gguf", tokens=["a", "b", "a"], token_types=[1] * 3, pre_tokenizer="smollm"
+    )
+    with pytest.raises(ModelFormatError, match=r"tokens\[2\] repeats 'a' of .*tokens\[0\]"):
+        tokenizer_json(data)
+
+
+def test_spaces_that_a_token_takes_along_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    values = json.loads(trained("smollm").to_str())
+    values["added_tokens"][-1]["lstrip"] = True
+    gguf_vocabulary(folder_data(values), {}, ROWS)
+    assert "GGUF can not say that it takes the spaces" in caplog.text
 
 
 def test_a_way_of_cutting_that_is_not_known() -> None:

@@ -318,6 +318,19 @@ def test_what_is_not_byte_level_is_unsupported(change: dict[str, Any], named: st
         tokenizer(2, json=_json_with(**change))
 
 
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "continuing\\u005fsubword_prefix"])
+def test_a_prefix_that_ends_the_process_of_the_library(key: str) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], key: "s"}
+    content = _json_with(model=model).replace(b"\\\\", b"\\")
+    with pytest.raises(UnsupportedError, match="continuing_subword_prefix"):
+        tokenizer(3, json=content)
+
+
+def test_a_token_that_looks_like_an_escape_is_none() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "\\u0061": 1}, "merges": []}
+    assert tokenizer(2, json=_json_with(model=model)).encode("a") == [0]
+
+
 def test_an_error_of_the_library_while_encoding_is_an_error_of_the_file() -> None:
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "missing"}
     found = tokenizer(2, json=_json_with(model=model))

@@ -6,10 +6,11 @@ import os
 from typing import get_args
 
 from smolrun.errors import RequestError
-from smolrun.files.checkpoint import Dtype
+from smolrun.files.checkpoint import Checkpoint, Dtype
 from smolrun.files.convert import Converted, Progress, convert_files
 from smolrun.files.names import resolve
 from smolrun.quant.types import WeightType
+from smolrun.text.tokenizer import Tokenizer
 
 __all__ = ["Converted", "convert"]
 
@@ -49,4 +50,11 @@ def convert(
         weight_type,
         overwrite=overwrite,
         progress=progress,
+        check=_check_tokenizer,
     )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuses a tokenizer that contradicts itself, which is not to be written again."""
+    if checkpoint.tokenizer is not None:
+        Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)

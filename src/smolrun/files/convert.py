@@ -22,6 +22,7 @@ from smolrun.files.folder_files import dtype_name, folder_files
 from smolrun.files.gguf_metadata import gguf_metadata
 from smolrun.files.gguf_names import gguf_name, interleaved_rows, is_interleaved
 from smolrun.files.gguf_writer import GgufWriter, TensorInfo
+from smolrun.files.mapping import read_small_file
 from smolrun.files.output import atomic_folder, atomic_output
 from smolrun.files.safetensors_writer import (
     MAX_SHARD_BYTES,
@@ -29,6 +30,7 @@ from smolrun.files.safetensors_writer import (
     safetensors_header,
     shards,
 )
+from smolrun.files.tokenizer_data import MAX_TOKENIZER_JSON_BYTES
 from smolrun.model.llama import build
 from smolrun.quant.blocks import dequantize, source_rows
 from smolrun.quant.tensor import Tensor
@@ -70,6 +72,7 @@ def convert_files(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Checkpoint], object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Converted:
     """Write a model as a GGUF file (a target that ends in .gguf) or as a safetensors folder.
@@ -84,6 +87,7 @@ def convert_files(
             which it holds exactly.
         overwrite: replace what is there: the file, or the model's files in the folder.
         progress: told how far the writing is.
+        check: called with the open model before anything is written; raises to refuse it.
         max_shard_bytes: of a safetensors file; a larger model is cut into several.
 
     Raises:
@@ -95,10 +99,14 @@ def convert_files(
     if weight_type is not None and not weight_type.is_float:
         raise ValueError(f"weight_type: expected F32, F16 or BF16, found {weight_type.value}")
     target = Path(target)
+    if target.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth"):
+        raise OutputError(f"{target}: name a folder for safetensors, or a file that ends in .gguf")
     if target.exists() and not overwrite and not _is_empty_folder(target):
         raise OutputError(f"{target}: is there already; --force replaces it")
     checkpoint = open_checkpoint(source)
     try:
+        if check is not None:
+            check(checkpoint)
         to_gguf = target.suffix.lower() == ".gguf"
         write = _write_gguf if to_gguf else _write_folder
         return write(checkpoint, target, weight_type, progress, max_shard_bytes)
@@ -235,9 +243,9 @@ def _copied_files(checkpoint: Checkpoint, dtype: WeightType) -> dict[str, bytes]
     """The small files of a folder, which stay as they are but for the type in config.json."""
     files = {}
     for name in _COPIED:
-        path = checkpoint.folder / name
-        if path.is_file():
-            files[name] = path.read_bytes()
+        content = read_small_file(checkpoint.folder / name, MAX_TOKENIZER_JSON_BYTES)
+        if content is not None:
+            files[name] = content
     config = {**checkpoint.metadata}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()

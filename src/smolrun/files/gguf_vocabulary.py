@@ -5,6 +5,7 @@ Source: llama.cpp's converter, `conversion/base.py` and `gguf-py/gguf/vocab.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -20,7 +21,10 @@ from smolrun.files.tokenizer_data import (
     USER_DEFINED,
     TokenizerData,
     merge_pairs,
+    repeated_token,
 )
+
+logger = logging.getLogger("smolrun")
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _SMOLLM = {
@@ -128,6 +132,8 @@ class _TokenizerJson:
                 or not isinstance(entry.get("content"), str)
             ):
                 self.fail("added_tokens", f"expected id and content, found {shown(entry)}")
+            if entry["id"] in added:
+                self.fail("added_tokens", f"the id {entry['id']} stands twice")
             added[entry["id"]] = entry
         return added
 
@@ -147,18 +153,37 @@ class _TokenizerJson:
                     f"expected an id below {vocab_size}, the rows of the model's embedding, "
                     f"found {shown(token_id)}",
                 )
-            tokens[token_id], types[token_id] = token, NORMAL
-        for token_id, entry in added.items():
-            if not 0 <= token_id < vocab_size:
+            if types[token_id] != UNUSED:
                 self.fail(
-                    f"added_tokens: {shown(entry['content'])}",
-                    f"id {token_id}; the model's embedding has {vocab_size} rows",
+                    f"model.vocab: {shown(token)}", f"id {token_id} is that of another token too"
                 )
+            tokens[token_id], types[token_id] = token, NORMAL
+        free = len(vocabulary)
+        for token_id, entry in added.items():
             text = entry["content"]
+            field = f"added_tokens: {shown(text)}"
+            if not 0 <= token_id < vocab_size:
+                self.fail(field, f"id {token_id}; the model's embedding has {vocab_size} rows")
+            # The library goes by the vocabulary, else counts on, whatever id stands in the file.
+            expected = vocabulary.get(text, free)
+            if token_id != expected:
+                self.fail(field, f"expected id {expected}, found {token_id}")
+            if types[token_id] != UNUSED and tokens[token_id] != text:
+                self.fail(field, f"id {token_id} is that of another token too")
+            free = max(free, token_id + 1)
+            if any(entry.get(flag) is True for flag in ("single_word", "lstrip", "rstrip")):
+                logger.warning(
+                    "%s: %s: GGUF can not say that it takes the spaces beside it, or is found only "
+                    "between words; other programs will cut text around it otherwise",
+                    self.origin,
+                    field,
+                )
             control = entry.get("special") is True or _looks_special(text)
             # llama.cpp expects the space of SentencePiece written out in tokens of the user.
             tokens[token_id] = text if control else text.replace("\u2581", " ")
             types[token_id] = CONTROL if control else USER_DEFINED
+        if repeated := repeated_token(tokens):
+            self.fail("model.vocab", repeated)
         return tokens, types
 
     def merges(self) -> list[str]:
@@ -265,6 +290,8 @@ def tokenizer_json(data: TokenizerData) -> dict[str, Any]:
             f"{data.origin}: tokenizer.ggml.pre is {data.pre_tokenizer!r}; smolrun knows "
             f"{', '.join(IGNORES_MERGES)}. Any other would cut the text differently"
         )
+    if repeated := repeated_token(data.tokens):
+        raise ModelFormatError(f"{data.origin}: {repeated}")
     numbered = list(enumerate(zip(data.tokens, data.token_types, strict=True)))
     vocabulary = {
         token: token_id

@@ -138,6 +138,21 @@ def merge_pairs(merges: Sequence[str], origin: str) -> list[Any]:
     return pairs
 
 
+def repeated_token(tokens: Sequence[str]) -> str | None:
+    """What is wrong where a text names two tokens; None where none does."""
+    if len(set(tokens)) == len(tokens):
+        return None
+    seen: dict[str, int] = {}
+    for token_id, token in enumerate(tokens):
+        if token in seen:
+            break
+        seen[token] = token_id
+    return (
+        f"tokenizer.ggml.tokens[{token_id}] repeats {token!r} of "
+        f"tokenizer.ggml.tokens[{seen[token]}]"
+    )
+
+
 class _GgufKeys:
     """Typed access to tokenizer.ggml.*"""
 
