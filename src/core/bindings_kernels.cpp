@@ -258,10 +258,11 @@ void py_store_kv(const std::string& isa, nb::handle k, nb::handle v, int64_t slo
     const int64_t head_dim = key.size(0);
     const Array value = input(v, "v", Element::float32, {head_dim});
     require(0 <= slot && slot < kBlockTokens, "slot: must be 0 to 31");
-    const Array keys = output(k_block, "k_block", Element::uint16, {head_dim, kBlockTokens});
-    const Array values = output(v_block, "v_block", Element::uint16, {kBlockTokens, head_dim});
-    with.store_kv(key.data<float>(), value.data<float>(), head_dim, slot, keys.data<uint16_t>(),
-                  values.data<uint16_t>());
+    const int64_t size = kv_elements(head_dim);
+    const Array keys = output(k_block, "k_block", Element::int16, {size});
+    const Array values = output(v_block, "v_block", Element::int16, {size});
+    with.store_kv(key.data<float>(), value.data<float>(), head_dim, slot, keys.data<int16_t>(),
+                  values.data<int16_t>());
 }
 
 void py_attention(const std::string& isa, nb::handle q, nb::handle out, int64_t length, float scale,
@@ -272,14 +273,14 @@ void py_attention(const std::string& isa, nb::handle q, nb::handle out, int64_t 
     const int64_t tokens = queries.size(0), group = queries.size(1), head_dim = queries.size(2);
     require(tokens <= kAttentionTokens, "q: too many tokens");
     const Array to = output(out, "out", Element::float32, {tokens, group, head_dim});
-    const Array cache(pool, "pool", Element::uint16, 1);
+    const Array cache(pool, "pool", Element::int16, 1);
     const Array table(block_table, "block_table", Element::int32, 1);
     require(0 < length && length <= kLargest, "length: must be positive");
     const int64_t blocks = (length + tokens - 1 + kBlockTokens - 1) / kBlockTokens;
     require(table.size(0) >= blocks, "block_table: too short for the length");
     require(0 < block_stride && block_stride <= kLargest, "block_stride: out of range");
     for (int64_t offset : {k_offset, v_offset}) {
-        require(0 <= offset && offset <= block_stride - head_dim * kBlockTokens,
+        require(0 <= offset && offset <= block_stride - kv_elements(head_dim),
                 "k_offset, v_offset: outside the block");
     }
     for (int64_t i = 0; i < blocks; ++i) {
@@ -295,7 +296,7 @@ void py_attention(const std::string& isa, nb::handle q, nb::handle out, int64_t 
                              head_dim,
                              length,
                              scale,
-                             cache.data<uint16_t>(),
+                             cache.data<int16_t>(),
                              table.data<int32_t>(),
                              block_stride,
                              k_offset,

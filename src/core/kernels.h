@@ -109,8 +109,18 @@ inline constexpr int64_t kSegmentTokens = 256;
 // Successive tokens of a sequence that may share a task, and with it each load of K and V.
 inline constexpr int64_t kAttentionTokens = 12;
 
+// K or V of a KV head in a block of the cache: codes of 16 bits, value = scale * code, then a float
+// scale for each token.
+//     K: codes [head_dim/2][32 tokens][2]           scales [32]
+//     V: codes [16 pairs of tokens][head_dim][2]    scales [32]
+// Neighbours whose products are summed stand together in a 32-bit word. The scale of v is
+// max|v| / 32767; that of k is max(max|k| / 32767, |k| / 46300), so that the product of two vectors
+// rounded in this way fits 32 bits: |q . k| <= |q| |k|.
+constexpr int64_t kv_codes(int64_t head_dim) { return kBlockTokens * head_dim; }
+constexpr int64_t kv_elements(int64_t head_dim) { return kv_codes(head_dim) + 2 * kBlockTokens; }
+
 // What one head has of a segment, [head_dim + 16]: the weighted sum of V, then the largest score
-// and the sum of the weights.
+// (as the kernel counts it) and the sum of the weights.
 inline constexpr int64_t kPartialExtra = 16;
 
 // Some successive tokens of a sequence, one KV head, and the query heads that share it.
@@ -123,17 +133,19 @@ struct AttentionTask {
     int64_t head_dim;
     int64_t length;              // tokens that the first one looks at: its position + 1
     float scale;                 // 1/sqrt(head_dim)
-    const uint16_t* pool;        // the KV cache, float16
+    const int16_t* pool;         // the KV cache
     const int32_t* block_table;  // [ceil((length + tokens - 1)/32)], block numbers of the sequence
     int64_t block_stride;        // elements between two blocks of the pool
-    int64_t k_offset;            // of this layer and head in a block: K, [head_dim][32 tokens]
-    int64_t v_offset;            // likewise V, [32 tokens][head_dim]
+    int64_t k_offset;            // of K of this layer and head in a block
+    int64_t v_offset;            // likewise V
     float* scratch;              // attention_scratch() floats, the caller's
 };
 
-// For a tile of 12 rows queries, values, weights, maximum and sum; for all rows maximum and sum.
+// For a tile of 12 rows values, weights, their codes, sums of a vector each and maximum; for all
+// rows queries and their scale, maximum and sum; and what rounding each to vectors takes.
 constexpr int64_t attention_scratch(int64_t group, int64_t head_dim) {
-    return 12 * (2 * head_dim + kBlockTokens + 2) + 2 * kAttentionTokens * group;
+    return 12 * (head_dim + 3 * kBlockTokens / 2 + 16) +
+           kAttentionTokens * group * (head_dim / 2 + 3) + 5 * 16;
 }
 
 struct Kernels {
@@ -178,9 +190,11 @@ struct Kernels {
 
     // Softmax(q k^T * scale) v over the blocks of one sequence. In a segment, blocks of 32 tokens
     // follow each other, with the largest score so far as the reference; segments start afresh and
-    // are merged in order. Of a token's last block only the first (length - 1) % 32 + 1 slots
-    // count; what the others hold, NaN included, has no influence on it, so they are skipped or
-    // selected away, never multiplied by zero.
+    // are merged in order. q is rounded as k is, and the weights of a block, times the scales of V,
+    // to 16 bits with a common scale: their sums are exact. (Scalar kernels round neither.) Of a
+    // token's last block only the first (length - 1) % 32 + 1 slots count; what the others hold,
+    // NaN included, has no influence on it, so they are skipped or selected away, never multiplied
+    // by zero.
     void (*attention)(const AttentionTask& task);
 
     // The same in two parts, for one token: one segment, partial[group][head_dim + 16]; and, for
@@ -189,11 +203,11 @@ struct Kernels {
     void (*merge_segments)(const float* partial, int64_t segments, int64_t stride, int64_t head_dim,
                            float* out);
 
-    // Stores one token's k and v of one KV head into slot `slot` (0..31) of a block:
-    // k into column `slot` of [head_dim][32], v into row `slot` of [32][head_dim]; float16, rounded
-    // to nearest even.
+    // Stores one token's k and v [head_dim] of one KV head into slot `slot` (0..31) of a block,
+    // each [kv_elements], rounded to nearest even. A vector whose scale would be below the smallest
+    // normal float counts as zero; one that holds a non-finite value gets a NaN scale and codes 0.
     void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t slot,
-                     uint16_t* k_block, uint16_t* v_block);
+                     int16_t* k_block, int16_t* v_block);
 
     // One row of a weight as float32 [columns].
     using Dequantize = void (*)(const Matrix& weights, int64_t row, float* out);

@@ -1,7 +1,7 @@
-// The KV cache: one pool of blocks of 32 tokens, float16.
+// The KV cache: one pool of blocks of 32 tokens.
 //
 // A block holds its tokens in all layers:
-//     [layer]{ K: [kv_heads][head_dim][32 tokens], V: [kv_heads][32 tokens][head_dim] }
+//     [layer]{ K: [kv_heads][kv_elements], V: [kv_heads][kv_elements] }
 // The pool is one anonymous mapping, taken page by page as blocks are first written.
 #pragma once
 
@@ -19,10 +19,10 @@ class KvPool {
     KvPool(int64_t blocks, int64_t layers, int64_t kv_heads, int64_t head_dim);
 
     int64_t blocks() const { return blocks_; }
-    int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
+    int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(int16_t)); }
     int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
 
-    uint16_t* data() const { return reinterpret_cast<uint16_t*>(memory_.data()); }
+    int16_t* data() const { return reinterpret_cast<int16_t*>(memory_.data()); }
     int64_t block_stride() const { return block_stride_; }  // elements between two blocks
 
     // Element offsets, inside a block, of one layer's and head's K and V.
@@ -38,7 +38,7 @@ class KvPool {
 
   private:
     int64_t blocks_;
-    int64_t head_stride_;   // head_dim * 32
+    int64_t head_stride_;   // kv_elements
     int64_t layer_stride_;  // K and V of a layer
     int64_t block_stride_;
     AnonymousMemory memory_;

@@ -180,7 +180,7 @@ void store(const NormQkv& op, const StepContext& step, const Tiling::Part& part,
         const int64_t position = step.arrays.positions[token];
         const int64_t block =
             step.arrays.block_tables[static_cast<size_t>(token)][position / kBlockTokens];
-        uint16_t* const stored = step.kv.data() + block * step.kv.block_stride();
+        int16_t* const stored = step.kv.data() + block * step.kv.block_stride();
         float* const token_k = k + i * part.rows();
         const float* const token_v = v + i * part.rows();
         if (op.rope) rotate(step, token, token_k, heads);

@@ -20,8 +20,6 @@ constexpr ElementType element_type(Element element) {
             return {"int8", "b", 1};
         case Element::uint8:
             return {"uint8", "B", 1};
-        case Element::uint16:
-            return {"uint16", "H", 2};
         case Element::int16:
             return {"int16", "h", 2};
         case Element::int32:

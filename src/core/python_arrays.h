@@ -9,7 +9,7 @@
 
 namespace smolrun {
 
-enum class Element { int8, uint8, uint16, int16, int32, float32 };
+enum class Element { int8, uint8, int16, int32, float32 };
 
 // Keeps the array's memory alive and in place. Needs the GIL at both ends of its life.
 class Array {

@@ -10,7 +10,6 @@ _Floats = npt.NDArray[np.float32]
 _Int8 = npt.NDArray[np.int8]
 _Int16 = npt.NDArray[np.int16]
 _Int32 = npt.NDArray[np.int32]
-_Halves = npt.NDArray[np.uint16]  # float16, as bits
 
 def isas() -> list[str]:
     """Instruction sets that this CPU and system run, slowest first."""
@@ -268,9 +267,9 @@ class kernels:
 
     @staticmethod
     def store_kv(
-        isa: str, k: _Floats, v: _Floats, slot: int, k_block: _Halves, v_block: _Halves
+        isa: str, k: _Floats, v: _Floats, slot: int, k_block: _Int16, v_block: _Int16
     ) -> None:
-        """k [d] and v [d] into slot 0..31 of k_block [d, 32] and v_block [32, d]."""
+        """k [d] and v [d] into slot 0..31 of k_block and v_block [32 * (d + 2)]."""
 
     @staticmethod
     def attention(
@@ -279,7 +278,7 @@ class kernels:
         out: _Floats,
         length: int,
         scale: float,
-        pool: _Halves,
+        pool: _Int16,
         block_table: _Int32,
         block_stride: int,
         k_offset: int,
@@ -291,6 +290,6 @@ class kernels:
         The first token sees `length` tokens of the pool, each next one a token more.
         by_segments computes the segments of a single token one by one, the last first.
 
-        Block b of the pool starts at element b * block_stride; K [d, 32] and V [32, d] of the head
+        Block b of the pool starts at element b * block_stride; K and V [32 * (d + 2)] of the head
         stand k_offset and v_offset behind it.
         """

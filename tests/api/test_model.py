@@ -49,7 +49,7 @@ QUESTION = "Why is the sky blue?"
 @pytest.fixture(scope="module")
 def oracle(model: Model) -> ReferenceRunner:
     weights = values_of(random_weights(model.config, 3, WeightType.F32))
-    return ReferenceRunner(build(model.config), weights, kv_dtype=np.float16)
+    return ReferenceRunner(build(model.config), weights, rounded_kv=True)
 
 
 def greedy(oracle: ReferenceRunner, ids: list[int], count: int) -> list[int]:
@@ -447,7 +447,7 @@ def test_a_model_from_a_configuration() -> None:
         assert not logits.any()
     with Model.from_config(config, seed=4, weight_type=WeightType.BF16) as model:
         weights = values_of(random_weights(config, 4, WeightType.BF16))
-        oracle = ReferenceRunner(build(config), weights, kv_dtype=np.float16)
+        oracle = ReferenceRunner(build(config), weights, rounded_kv=True)
         ids = [[1, 2, 3, 4]]
         assert nmse(model.forward(ids, all_positions=True), oracle.forward(ids)) < 1e-5
         result = model.generate([1, 2, 3], max_tokens=5, temperature=0, ignore_eos=True)

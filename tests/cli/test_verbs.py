@@ -33,8 +33,8 @@ def test_show(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert values["bits_per_weight"] == 32
     assert values["num_parameters"] == weights
     config = json.loads((tiny / "config.json").read_text())
-    per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
-    per_token *= values["config"]["head_dim"]
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
+    per_token *= 2 * values["config"]["head_dim"] + 4
     memory = {entry["context_size"]: entry for entry in values["memory"]}
     assert memory[8192]["kv_bytes"] == 8192 * per_token
     assert memory[8192]["total_bytes"] == 8192 * per_token + 4 * weights

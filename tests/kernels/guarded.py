@@ -110,14 +110,13 @@ def run_heads(isa: str, guard: Guarded) -> None:
         half = guard.like(np.ones(head_dim // 2, dtype=np.float32))
         kernels.rope(isa, guard.like(x), half, guard.like(half))
         # Two blocks that hold nothing but this head: K, then V.
-        size = 32 * head_dim
-        pool = guard.like(np.zeros(4 * size, dtype=np.uint16))
-        k_block, v_block = pool[:size].reshape(head_dim, 32), pool[size : 2 * size]
+        size = 32 * (head_dim + 2)
+        pool = guard.like(np.zeros(4 * size, dtype=np.int16))
+        k_block, v_block = pool[:size], pool[size : 2 * size]
         for slot in (0, 31):
             k, v = guard.like(x[0]), guard.like(x[1])
-            kernels.store_kv(isa, k, v, slot, k_block, v_block.reshape(32, head_dim))
-            alone = (np.zeros((head_dim, 32), np.uint16), np.zeros((32, head_dim), np.uint16))
-            k_alone, v_alone = (guard.like(array) for array in alone)
+            kernels.store_kv(isa, k, v, slot, k_block, v_block)
+            k_alone, v_alone = (guard.like(np.zeros(size, dtype=np.int16)) for _ in range(2))
             kernels.store_kv(isa, k, v, slot, k_alone, v_alone)
         for group in (1, 2, 3, 4, 5, 8):
             for tokens, length in ((1, 1), (1, 7), (1, 32), (1, 33), (1, 63), (1, 64), (9, 28)):

@@ -21,8 +21,8 @@ def raw(size: int) -> np.ndarray:
     return np.zeros(size, dtype=np.uint8)
 
 
-def halves(*shape: int) -> np.ndarray:
-    return np.zeros(shape, dtype=np.uint16)
+def shorts(*shape: int) -> np.ndarray:
+    return np.zeros(shape, dtype=np.int16)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -53,18 +53,18 @@ SOUND: dict[str, list[Any]] = {
     "rope": ["scalar", floats(2, 8), floats(4), floats(4)],
     "swiglu": ["scalar", floats(6), floats(6), floats(6)],
     "add": ["scalar", floats(6), floats(6)],
-    "store_kv": ["scalar", floats(8), floats(8), 5, halves(8, 32), halves(32, 8)],
+    "store_kv": ["scalar", floats(8), floats(8), 5, shorts(320), shorts(320)],
     "attention": [
         "scalar",
         floats(1, 2, 8),
         floats(1, 2, 8),
         33,
         0.1,
-        halves(4 * 512),
+        shorts(4 * 640),
         ints(3, 0),
-        512,
+        640,
         0,
-        256,
+        320,
     ],
 }
 ARRAYS = [
@@ -156,7 +156,7 @@ def test_no_array_at_all(name: str, place: int) -> None:
         ("attention", 7, 0),
         ("attention", 7, 1 << 62),
         ("attention", 8, -1),
-        ("attention", 8, 257),
+        ("attention", 8, 321),
         ("attention", 9, 1 << 62),
     ],
 )

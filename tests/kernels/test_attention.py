@@ -6,13 +6,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from smolrun.model.reference import rounded_keys, rounded_values
 from tests.kernels.helpers import Floats, assert_same_bits, each_isa, kernels, nmse, random_inputs
 
 BLOCK_TOKENS = 32
-NAN, INFINITE = 0x7E00, 0x7C00
+# Codes, and as scales: NaN, 0, almost 0, almost the largest float.
+NAN, POISONS = 0x7FFF, (0, -0x8000, 0x7F7F, -1)
 
-# A float score of size 10 is off by 1e-6, and so is its exponential: (1e-6)^2, and some room.
-NMSE = 1e-11
+
+def bound(isa: str) -> float:
+    """NMSE that is allowed, of K and V as they are stored.
+
+    Scalar: a few codes in a thousand are rounded the other way than in float64; a float score of
+    size 10 is off by 1e-6, and so is its exponential. Vectors: q has 16
+    bits, so a score is off by 6e-6 |q| |k|, up to 2e-4 here; of the weights of a block, which add
+    up to 32767, each is rounded by 0.3, 3e-4 of it where all are the same.
+    """
+    return 1e-9 if isa == "scalar" else 2e-7
 
 
 class Cache:
@@ -24,23 +34,23 @@ class Cache:
         random = np.random.default_rng([seed, tokens])
         self.head_dim = head_dim
         # Two layers and heads of others stand before and behind this one.
-        self.k_offset = head_dim * BLOCK_TOKENS
-        self.v_offset = 3 * head_dim * BLOCK_TOKENS
-        self.stride = 5 * head_dim * BLOCK_TOKENS
-        self.pool = np.full((blocks + 3) * self.stride, poison, dtype=np.uint16)
+        self.size = (head_dim + 2) * BLOCK_TOKENS
+        self.k_offset = self.size
+        self.v_offset = 3 * self.size
+        self.stride = 5 * self.size
+        self.pool = np.full((blocks + 3) * self.stride, poison, dtype=np.int16)
         self.table = random.permutation(blocks + 3)[:blocks].astype(np.int32)
         for token in range(tokens):
             k_block, v_block = self.blocks(int(self.table[token // BLOCK_TOKENS]))
             slot = token % BLOCK_TOKENS
             kernels.store_kv("scalar", k[token].copy(), v[token].copy(), slot, k_block, v_block)
 
-    def blocks(self, block: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
-        size = self.head_dim * BLOCK_TOKENS
+    def blocks(self, block: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
         k_start = block * self.stride + self.k_offset
         v_start = block * self.stride + self.v_offset
         return (
-            self.pool[k_start : k_start + size].reshape(self.head_dim, BLOCK_TOKENS),
-            self.pool[v_start : v_start + size].reshape(BLOCK_TOKENS, self.head_dim),
+            self.pool[k_start : k_start + self.size],
+            self.pool[v_start : v_start + self.size],
         )
 
     def attention(
@@ -66,9 +76,8 @@ class Cache:
 
 
 def expected_attention(q: Floats, k: Floats, v: Floats, scale: float) -> npt.NDArray[np.float64]:
-    """In float64, with k and v rounded to float16 as the cache has them."""
-    k64 = k.astype(np.float16).astype(np.float64)
-    v64 = v.astype(np.float16).astype(np.float64)
+    """In float64, with k and v rounded as the cache has them."""
+    k64, v64 = rounded_keys(k.astype(np.float64)), rounded_values(v.astype(np.float64))
     scores = q.astype(np.float64) @ k64.T * np.float64(np.float32(scale))
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True) @ v64)
@@ -86,8 +95,7 @@ def test_attention(isa: str, head_dim: int) -> None:
             found = cache.attention(isa, q, length, scale)
             expected = expected_attention(q, k[:length], v[:length], scale)
             assert np.isfinite(found).all()
-            assert nmse(found, expected) <= NMSE, f"{group} heads, {length} tokens"
-            assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+            assert nmse(found, expected) <= bound(isa), f"{group} heads, {length} tokens"
 
 
 @each_isa
@@ -96,7 +104,7 @@ def test_every_length(isa: str) -> None:
     q = random_inputs(3, 64)
     for length in range(1, 201):
         found = Cache(k[:length], v[:length]).attention(isa, q, length, 0.125)
-        assert nmse(found, expected_attention(q, k[:length], v[:length], 0.125)) <= NMSE
+        assert nmse(found, expected_attention(q, k[:length], v[:length], 0.125)) <= bound(isa)
 
 
 @each_isa
@@ -104,11 +112,11 @@ def test_a_long_sequence(isa: str) -> None:
     k, v = random_inputs(2 * 4000, 64).reshape(2, 4000, 64)
     q = random_inputs(3, 64) * np.float32(4)
     found = Cache(k, v).attention(isa, q, 4000, 0.125)
-    assert nmse(found, expected_attention(q, k, v, 0.125)) <= NMSE
+    assert nmse(found, expected_attention(q, k, v, 0.125)) <= bound(isa)
 
 
 @each_isa
-@pytest.mark.parametrize("poison", [0, INFINITE, 0xFC00, 0x7BFF])
+@pytest.mark.parametrize("poison", POISONS)
 def test_slots_past_the_length_and_the_place_of_blocks_change_no_bit(isa: str, poison: int) -> None:
     for head_dim in (48, 64, 128):
         k, v = random_inputs(2 * 70, head_dim).reshape(2, 70, head_dim)
@@ -192,8 +200,8 @@ def test_equal_scores_give_the_mean(isa: str) -> None:
         q = np.zeros((2, 64), dtype=np.float32)
         q[:, 0] = 1
         found = Cache(k, v).attention(isa, q, 100, 1.0)
-        mean = v.astype(np.float16).astype(np.float64).mean(axis=0)
-        assert np.abs(found - mean).max() <= 1e-6
+        mean = rounded_values(v.astype(np.float64)).mean(axis=0)
+        assert np.abs(found - mean).max() <= (1e-6 if isa == "scalar" else 1e-4)
 
 
 @each_isa

@@ -219,45 +219,68 @@ def test_add(isa: str) -> None:
         np.testing.assert_array_equal(found, x + y)
 
 
-@each_isa
-def test_store_kv_rounds_as_float16_does(isa: str) -> None:
-    random = np.random.default_rng(5)
-    finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    halfway = (finite[:-1] + finite[1:]) / 2
-    values = np.concatenate(
-        [
-            finite,
-            halfway,
-            np.nextafter(halfway, np.float32(0)),
-            np.nextafter(halfway, np.float32(np.inf)),
-            random.integers(0, 0x7F800000, 30000, dtype=np.uint32).view(np.float32),
-            np.array([65504, 65519.996, 65520, 65536, 1e38, np.inf, 2.0**-25, 1e-45], np.float32),
-        ]
-    )
-    values = np.concatenate([values, -values])
-    head_dim = values.size
-    with np.errstate(over="ignore"):
-        expected = values.astype(np.float16).view(np.uint16)
-    k_block = np.full((head_dim, 32), 0xABCD, dtype=np.uint16)
-    v_block = np.full((32, head_dim), 0xABCD, dtype=np.uint16)
-    kernels.store_kv(isa, values, -values, 7, k_block, v_block)
-    np.testing.assert_array_equal(k_block[:, 7], expected)
-    np.testing.assert_array_equal(v_block[7], expected ^ 0x8000)
-    assert (np.delete(k_block, 7, axis=1) == 0xABCD).all()
-    assert (np.delete(v_block, 7, axis=0) == 0xABCD).all()
+class Stored:
+    """Codes and scales of a K and a V, stored in an otherwise untouched block."""
+
+    def __init__(self, isa: str, k: Floats, v: Floats, slot: int) -> None:
+        head_dim = k.size
+        k_block, v_block = (np.full(32 * (head_dim + 2), 0x2BCD, np.int16) for _ in range(2))
+        kernels.store_kv(isa, unaligned_floats(k), unaligned_floats(v), slot, k_block, v_block)
+        k_codes = k_block[: 32 * head_dim].reshape(head_dim // 2, 32, 2)
+        v_codes = v_block[: 32 * head_dim].reshape(16, head_dim, 2)
+        scales = [block[32 * head_dim :].view(np.float32) for block in (k_block, v_block)]
+        self.k = k_codes[:, slot].reshape(-1).astype(np.int64)
+        self.v = v_codes[slot // 2, :, slot % 2].astype(np.int64)
+        self.k_scale, self.v_scale = (float(scale[slot]) for scale in scales)
+        k_codes[:, slot] = v_codes[slot // 2, :, slot % 2] = 0x2BCD
+        for scale in scales:
+            scale.view(np.int32)[slot] = 0x2BCD2BCD
+        assert (k_block == 0x2BCD).all()
+        assert (v_block == 0x2BCD).all()
 
 
 @each_isa
-def test_store_kv_keeps_nan_and_any_head_size(isa: str) -> None:
-    for head_dim in (2, 6, 32, 48, 64, 80, 96, 128):
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_store_kv_rounds_to_the_nearest_code(isa: str, size: float) -> None:
+    for head_dim in (2, 6, 32, 48, 64, 80, 96, 128, 1024):
         for slot in (0, 1, 31):
-            k, v = random_inputs(2, head_dim)
-            k[1] = np.nan
-            v[0] = -np.nan
-            k_block = np.zeros((head_dim, 32), dtype=np.uint16)
-            v_block = np.zeros((32, head_dim), dtype=np.uint16)
-            kernels.store_kv(isa, unaligned_floats(k), unaligned_floats(v), slot, k_block, v_block)
-            np.testing.assert_array_equal(
-                k_block[:, slot].copy().view(np.float16), k.astype(np.float16)
-            )
-            np.testing.assert_array_equal(v_block[slot].view(np.float16), v.astype(np.float16))
+            k, v = random_inputs(2, head_dim, seed=slot) * np.float32(size)
+            found = Stored(isa, k, v, slot)
+            k_scale = max(np.abs(k).max() / 32767, np.linalg.norm(k.astype(np.float64)) / 46300)
+            assert found.k_scale == pytest.approx(k_scale, rel=1e-6)
+            assert found.v_scale == pytest.approx(np.abs(v).max() / 32767, rel=1e-6)
+            # Half a code, and what a code times a float scale is off by.
+            assert np.abs(found.k * found.k_scale - k).max() <= 0.504 * found.k_scale
+            assert np.abs(found.v * found.v_scale - v).max() <= 0.504 * found.v_scale
+
+
+@each_isa
+def test_products_of_stored_vectors_fit_32_bits(isa: str) -> None:
+    for head_dim in (2, 6, 64, 128, 1024):
+        ones = np.ones(head_dim, dtype=np.float32)
+        first, pair = ones * 0, ones * 0
+        first[0] = pair[:2] = 1
+        # Codes of x.5 that all round up.
+        halves = ones * np.float32(np.sqrt(head_dim) * 0.5)
+        for x in (ones, first, pair, halves, *random_inputs(20, head_dim)):
+            codes = Stored(isa, x, x, 3).k
+            assert np.abs(codes).max() <= 32767
+            assert 1e9 < codes @ codes < 2**31
+
+
+@each_isa
+def test_store_kv_of_what_has_no_scale(isa: str) -> None:
+    for head_dim in (2, 6, 64, 80):
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            x = random_inputs(1, head_dim)[0]
+            x[1] = value
+            found = Stored(isa, x, -x, 1)
+            assert not found.k.any()
+            assert not found.v.any()
+            assert np.isnan([found.k_scale, found.v_scale]).all()
+        for value in (0.0, 1e-35, 1e-45):
+            x = np.full(head_dim, value, dtype=np.float32)
+            found = Stored(isa, x, -x, 1)
+            assert not found.k.any()
+            assert not found.v.any()
+            assert found.k_scale == found.v_scale == 0

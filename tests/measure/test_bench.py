@@ -21,7 +21,7 @@ from smolrun.measure.sequences import Sequences
 from smolrun.measure.stamp import prompt_tokens
 from smolrun.measure.tables import rich_console
 from tests.api.tiny import make_folder
-from tests.measure.support import FixedMeter, ceilings
+from tests.measure.support import RATES, FixedMeter, ceilings
 
 PLAN = Plan(
     prompt_tokens=(40, 300),
@@ -90,7 +90,8 @@ def test_json_has_a_fixed_shape(measured: ModelReport) -> None:
         rate, seconds = row["tokens_per_second"], row["seconds"]
         assert rate["max"] == pytest.approx(row["tokens"] / seconds["min"])
         assert row["bytes_per_second"] == pytest.approx(row["bytes"] / seconds["median"])
-        least = max(row["bytes"] / 10e9, sum(row["operations"].values()) / 100e9)
+        arithmetic = sum(count / RATES[name] for name, count in row["operations"].items())
+        least = max(row["bytes"] / RATES["read"], arithmetic)
         assert row["of_ceiling"] == pytest.approx(least / seconds["median"])
     assert len(model["stamp"]["hash"]) == 16
     assert [len(profile["rows"]) for profile in model["profiles"]] == [8, 8, 8]

@@ -15,7 +15,7 @@ from tests.measure.support import ceilings
 # SmolLM2-135M: per layer q and o 576 x 576, k and v 192 x 576, gate, up and down 576 x 1536.
 LAYERS_135M = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
 HEAD_135M = 49152 * 576
-KV_135M = 30 * 2 * 3 * 64 * 2  # bytes a token: layers, K and V, heads, head_dim, float16
+KV_135M = 30 * 2 * 3 * (64 * 2 + 4)  # bytes a token: layers, K and V, heads, codes and a scale
 # SmolLM3-3B: 16 heads of 128 over 4 KV heads, 36 layers.
 LAYERS_3B = 36 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 2048 * 11008)
 HEAD_3B = 128256 * 2048
@@ -31,7 +31,7 @@ def matrices(program: Program) -> list[str]:
 
 
 def test_the_constants() -> None:
-    assert (LAYERS_135M, HEAD_135M, KV_135M) == (106_168_320, 28_311_552, 23_040)
+    assert (LAYERS_135M, HEAD_135M, KV_135M) == (106_168_320, 28_311_552, 23_760)
     assert LAYERS_3B + HEAD_3B == 3_074_949_120
 
 
@@ -41,7 +41,7 @@ def test_a_decoded_token_reads_every_weight_once() -> None:
     assert work.kv_bytes == 2 * KV_135M  # written, and read again
     assert work.operations == {
         "bf16": 2 * (LAYERS_135M + HEAD_135M),
-        "f32": 30 * 4 * 576,  # attention, one token seen: q k and p v
+        "int16": 30 * 4 * 576,  # attention, one token seen: q k and p v
     }
     assert work.total_operations == 268_959_744 + 69_120
 
@@ -50,17 +50,18 @@ def test_a_context_adds_its_keys_and_values() -> None:
     count = counter("SmolLM3-3B", WeightType.Q4_K)
     work = count.step(StepShape(1, start=4096))
     assert work.weight_bytes == (LAYERS_3B + HEAD_3B) * 144 // 256 + 2048 * 144 // 256
-    assert work.kv_bytes == (4097 + 1) * 36 * 2 * 4 * 128 * 2
-    assert round((work.kv_bytes - count.step(StepShape()).kv_bytes) / 1e6) == 302
-    assert work.operations["int16"] == 2 * (LAYERS_3B + HEAD_3B)
-    assert work.operations["f32"] == 36 * 4 * 16 * 128 * 4097
+    assert work.kv_bytes == (4097 + 1) * 36 * 2 * 4 * (128 * 2 + 4)
+    assert round((work.kv_bytes - count.step(StepShape()).kv_bytes) / 1e6) == 307
+    attention = 36 * 4 * 16 * 128 * 4097
+    assert work.operations == {"int16": 2 * (LAYERS_3B + HEAD_3B) + attention}
 
 
 def test_a_prompt_computes_the_head_once() -> None:
     work = counter("SmolLM2-135M", WeightType.F16).steps(chunks(512, 0, 256))
     attended = 512 * 513 // 2
     assert work.operations == {
-        "f32": 2 * 512 * LAYERS_135M + 2 * HEAD_135M + 30 * 4 * 576 * attended
+        "f32": 2 * 512 * LAYERS_135M + 2 * HEAD_135M,
+        "int16": 30 * 4 * 576 * attended,
     }
     assert work.weight_bytes == 2 * 2 * LAYERS_135M + 2 * HEAD_135M + 512 * 2 * 576
     assert work.kv_bytes == KV_135M * (512 + 256 + 512)
@@ -81,7 +82,7 @@ def test_types_may_be_mixed() -> None:
     types["model.embed_tokens.weight"] = WeightType.F32
     work = WorkCounter(program, types).step(StepShape())
     assert work.weight_bytes == LAYERS_135M * 18 // 32 + 4 * HEAD_135M + 4 * 576
-    assert work.operations == {"int16": 2 * LAYERS_135M, "f32": 2 * HEAD_135M + 30 * 4 * 576}
+    assert work.operations == {"int16": 2 * LAYERS_135M + 30 * 4 * 576, "f32": 2 * HEAD_135M}
 
 
 def test_the_arithmetic_of_a_type() -> None:
@@ -96,10 +97,11 @@ def test_fast_activations_leave_the_head_and_v_as_they_are() -> None:
     work = counter("SmolLM2-135M", WeightType.Q8_0, "fast").step(StepShape())
     v = 30 * 192 * 576
     assert work.operations == {
-        "int8": 2 * (LAYERS_135M - v), "int16": 2 * (HEAD_135M + v), "f32": 30 * 4 * 576,
-    }  # fmt: skip
+        "int8": 2 * (LAYERS_135M - v),
+        "int16": 2 * (HEAD_135M + v) + 30 * 4 * 576,
+    }
     exact = counter("SmolLM2-135M", WeightType.Q8_0).step(StepShape())
-    assert exact.operations == {"int16": 2 * (LAYERS_135M + HEAD_135M), "f32": 30 * 4 * 576}
+    assert exact.operations == {"int16": 2 * (LAYERS_135M + HEAD_135M) + 30 * 4 * 576}
 
 
 def test_chunks_cover_the_prompt() -> None:

@@ -147,13 +147,13 @@ def test_the_default_preset_has_the_true_heads() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "kv_bytes"),
     [
-        ("SmolLM-135M", 134_515_008, 23_040),
-        ("SmolLM-360M", 361_821_120, 40_960),
-        ("SmolLM-1.7B", 1_711_376_384, 196_608),
-        ("SmolLM2-135M", 134_515_008, 23_040),
-        ("SmolLM2-360M", 361_821_120, 40_960),
-        ("SmolLM2-1.7B", 1_711_376_384, 196_608),
-        ("SmolLM3-3B", 3_075_098_624, 73_728),
+        ("SmolLM-135M", 134_515_008, 23_760),
+        ("SmolLM-360M", 361_821_120, 42_240),
+        ("SmolLM-1.7B", 1_711_376_384, 202_752),
+        ("SmolLM2-135M", 134_515_008, 23_760),
+        ("SmolLM2-360M", 361_821_120, 42_240),
+        ("SmolLM2-1.7B", 1_711_376_384, 202_752),
+        ("SmolLM3-3B", 3_075_098_624, 74_880),
     ],
 )
 def test_sizes_of_the_seven_checkpoints(name: str, parameters: int, kv_bytes: int) -> None:

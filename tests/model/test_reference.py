@@ -27,8 +27,15 @@ SHAPES = [
 ]
 
 
-def runner(config: ModelConfig, seed: int = 0, **options: npt.DTypeLike) -> ReferenceRunner:
-    return ReferenceRunner(build(config), values_of(random_weights(config, seed)), **options)
+def runner(
+    config: ModelConfig,
+    seed: int = 0,
+    *,
+    dtype: npt.DTypeLike = np.float64,
+    rounded_kv: bool = False,
+) -> ReferenceRunner:
+    values = values_of(random_weights(config, seed))
+    return ReferenceRunner(build(config), values, dtype=dtype, rounded_kv=rounded_kv)
 
 
 def spelled_out(config: ModelConfig, weights: Values, ids: list[int]) -> Vector:
@@ -161,10 +168,10 @@ def test_more_queries_than_attend_at_a_time() -> None:
     assert nmse(np.concatenate(pieces, axis=1), whole) <= 1e-25
 
 
-def test_the_cache_may_be_rounded_to_float16() -> None:
+def test_the_cache_may_be_rounded() -> None:
     ids = [list(range(20))]
     exact = runner(small_config()).forward(ids)
-    rounded = runner(small_config(), kv_dtype=np.float16).forward(ids)
+    rounded = runner(small_config(), rounded_kv=True).forward(ids)
     assert 1e-10 < nmse(rounded, exact) < 1e-5
 
 

@@ -134,7 +134,7 @@ class Model:
         )
 
     def reference(self) -> ReferenceRunner:
-        return ReferenceRunner(self.program, self.values, kv_dtype=np.float16)
+        return ReferenceRunner(self.program, self.values, rounded_kv=True)
 
 
 def ints(values: Any) -> Ints:

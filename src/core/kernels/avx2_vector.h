@@ -67,11 +67,6 @@ SMOLRUN_INLINE Floats load_f16(const void* from) {
 SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
     return _mm256_cvtph_ps(load_halves_part(from, count));
 }
-// Rounded to nearest even.
-SMOLRUN_INLINE void store_f16(uint16_t* to, Floats x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
@@ -83,6 +78,9 @@ SMOLRUN_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_
 // b where either is NaN.
 SMOLRUN_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 SMOLRUN_INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+SMOLRUN_INLINE bool all_equal(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff;
+}
 SMOLRUN_INLINE Floats round(Floats x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -124,6 +122,9 @@ SMOLRUN_INLINE Words zero_words() { return _mm256_setzero_si256(); }
 SMOLRUN_INLINE Words broadcast_word(int32_t x) { return _mm256_set1_epi32(x); }
 SMOLRUN_INLINE Words load_words(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+SMOLRUN_INLINE Words load_words_part(const void* from, int64_t count) {
+    return _mm256_maskload_epi32(static_cast<const int*>(from), first_lanes(count));
 }
 SMOLRUN_INLINE void store_words(void* to, Words x) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), x);
@@ -213,6 +214,11 @@ SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
     const __m128i low = _mm_shufflelo_epi16(narrow, _MM_SHUFFLE(3, 1, 2, 0));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+// Codes, which fit 16 bits, in order.
+SMOLRUN_INLINE void store_halves(int16_t* to, Words x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -73,11 +73,6 @@ SMOLRUN_INLINE Floats load_f16(const void* from) {
 SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
 }
-// Rounded to nearest even.
-SMOLRUN_INLINE void store_f16(uint16_t* to, Floats x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -89,6 +84,9 @@ SMOLRUN_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_
 // b where either is NaN.
 SMOLRUN_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 SMOLRUN_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+SMOLRUN_INLINE bool all_equal(Floats a, Floats b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) == 0xffff;
+}
 SMOLRUN_INLINE Floats round(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -125,6 +123,9 @@ SMOLRUN_INLINE double sum_lanes(const Doubles& x) {
 SMOLRUN_INLINE Words zero_words() { return _mm512_setzero_si512(); }
 SMOLRUN_INLINE Words broadcast_word(int32_t x) { return _mm512_set1_epi32(x); }
 SMOLRUN_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+SMOLRUN_INLINE Words load_words_part(const void* from, int64_t count) {
+    return _mm512_maskz_loadu_epi32(first_lanes(count), from);
+}
 SMOLRUN_INLINE void store_words(void* to, Words x) { _mm512_storeu_si512(to, x); }
 // Two neighbouring 16-bit codes in every lane.
 SMOLRUN_INLINE Words broadcast_pair(const int16_t* from) {
@@ -139,7 +140,9 @@ SMOLRUN_INLINE Words broadcast_quad(const int8_t* from) {
 }
 // total + the two products of 16-bit codes in each lane.
 SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
-    return _mm512_dpwssd_epi32(total, codes, pair);
+    // Not the intrinsic: around it GCC 12 copies each total, and spills it, at every step.
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(codes), "v"(pair));
+    return total;
 }
 // Sums of 16 products in each lane: four words of unsigned bytes, each below 2^bits, times 16 codes
 // from -127 to 127, which are the same for all lanes.
@@ -201,6 +204,10 @@ SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
     const __m256i low = _mm256_shufflelo_epi16(narrow, _MM_SHUFFLE(3, 1, 2, 0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+// Codes, which fit 16 bits, in order.
+SMOLRUN_INLINE void store_halves(int16_t* to, Words x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));
 }
 SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/numbers.h"
@@ -110,12 +111,38 @@ void add(const float* x, int64_t columns, float* out) {
     for (int64_t i = 0; i < columns; ++i) out[i] += x[i];
 }
 
-void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, uint16_t* k_block,
-              uint16_t* v_block) {
+// Where the code of element i of a token stands.
+int64_t k_code(int64_t i, int64_t slot) { return (i / 2 * kBlockTokens + slot) * 2 + i % 2; }
+int64_t v_code(int64_t head_dim, int64_t slot, int64_t i) {
+    return (slot / 2 * head_dim + i) * 2 + slot % 2;
+}
+float kv_scale(const int16_t* block, int64_t head_dim, int64_t slot) {
+    float scale;
+    std::memcpy(&scale, block + kv_codes(head_dim) + 2 * slot, sizeof scale);
+    return scale;
+}
+
+// Rounding of a vector whose products with another such are summed.
+Rounding rounding_for_dot(const float* x, int64_t head_dim) {
+    const Rounding by_largest = rounding(x, head_dim, 32767.0f);
+    if (by_largest.inverse == 0) return by_largest;
+    double squares = 0;
+    for (int64_t i = 0; i < head_dim; ++i) squares += double{x[i]} * double{x[i]};
+    const double scale = std::sqrt(squares) / 46300;
+    if (scale <= double{by_largest.scale}) return by_largest;
+    return {static_cast<float>(scale), static_cast<float>(1 / scale)};
+}
+
+void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
+              int16_t* v_block) {
+    const Rounding of_k = rounding_for_dot(k, head_dim), of_v = rounding(v, head_dim, 32767.0f);
     for (int64_t i = 0; i < head_dim; ++i) {
-        k_block[i * kBlockTokens + slot] = half_from_float(k[i]);
-        v_block[slot * head_dim + i] = half_from_float(v[i]);
+        k_block[k_code(i, slot)] = rounded<int16_t>(k[i], of_k);
+        v_block[v_code(head_dim, slot, i)] = rounded<int16_t>(v[i], of_v);
     }
+    const int64_t scale = kv_codes(head_dim) + 2 * slot;
+    std::memcpy(k_block + scale, &of_k.scale, sizeof of_k.scale);
+    std::memcpy(v_block + scale, &of_v.scale, sizeof of_v.scale);
 }
 
 // Softmax over the first `count` tokens of one block, not yet divided by its sum.
@@ -125,27 +152,28 @@ struct BlockResult {
 };
 
 // weighted[head_dim] = sum of exp(score - maximum) * V; scores is [32].
-BlockResult attend_block(const AttentionTask& task, const float* q, const uint16_t* block,
+BlockResult attend_block(const AttentionTask& task, const float* q, const int16_t* block,
                          int64_t count, float* scores, float* weighted) {
-    const uint16_t* k = block + task.k_offset;
-    const uint16_t* v = block + task.v_offset;
+    const int16_t* k = block + task.k_offset;
+    const int16_t* v = block + task.v_offset;
     std::fill_n(scores, kBlockTokens, 0.0f);
     for (int64_t i = 0; i < task.head_dim; ++i) {
         for (int64_t token = 0; token < count; ++token) {
-            scores[token] += q[i] * float_from_half(k[i * kBlockTokens + token]);
+            scores[token] += q[i] * static_cast<float>(k[k_code(i, token)]);
         }
     }
     BlockResult result{-std::numeric_limits<float>::infinity(), 0.0f};
     for (int64_t token = 0; token < count; ++token) {
-        scores[token] *= task.scale;
+        scores[token] *= task.scale * kv_scale(k, task.head_dim, token);
         result.maximum = std::max(result.maximum, scores[token]);
     }
     std::fill_n(weighted, task.head_dim, 0.0f);
     for (int64_t token = 0; token < count; ++token) {
         const float weight = std::exp(scores[token] - result.maximum);
         result.sum += weight;
+        const float of_code = weight * kv_scale(v, task.head_dim, token);
         for (int64_t i = 0; i < task.head_dim; ++i) {
-            weighted[i] += weight * float_from_half(v[token * task.head_dim + i]);
+            weighted[i] += of_code * static_cast<float>(v[v_code(task.head_dim, token, i)]);
         }
     }
     return result;
@@ -173,7 +201,7 @@ void attend_segment_of_head(const AttentionTask& task, const float* q, int64_t l
     std::fill_n(partial, task.head_dim, 0.0f);
     const int64_t end = std::min(length, (segment + 1) * kSegmentTokens);
     for (int64_t first = segment * kSegmentTokens; first < end; first += kBlockTokens) {
-        const uint16_t* block =
+        const int16_t* block =
             task.pool + int64_t{task.block_table[first / kBlockTokens]} * task.block_stride;
         const int64_t count = std::min(kBlockTokens, end - first);
         const BlockResult one = attend_block(task, q, block, count, scores, weighted);

@@ -3,39 +3,98 @@
 
 #include "kernels.h"
 #include "kernels/simd_common.h"
+#include "kernels/simd_vectors.h"
 
 namespace smolrun {
 namespace {
 
-void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, uint16_t* k_block,
-              uint16_t* v_block) {
-    each_vector(head_dim, [&](int64_t i, int64_t count) {
-        uint16_t halves[kLanes];
-        store_f16(halves, load_up_to(k + i, count));
-        for (int64_t j = 0; j < count; ++j) k_block[(i + j) * kBlockTokens + slot] = halves[j];
-        store_f16(halves, load_up_to(v + i, count));
-        for (int64_t j = 0; j < count; ++j) v_block[slot * head_dim + i + j] = halves[j];
+// Rounding of a vector of q or k, so that neither a code nor a sum of products of two such vectors
+// leaves its bits: |q . k| <= |q| |k|, and 46300 + sqrt(1024) / 2 squared is below 2^31.
+SMOLRUN_INLINE Rounding rounding_for_dot(const float* x, int64_t head_dim) {
+    constexpr double largest_norm = 46300;
+    Words magnitudes = zero_words();
+    Doubles squares{};
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        const Floats some = load_up_to(x + i, count);
+        magnitudes = max(magnitudes, magnitude(some));
+        add_squares(some, squares);
     });
+    const Rounding by_largest = rounding(magnitudes, 32767.0f);
+    if (by_largest.inverse == 0) return by_largest;
+    const double norm = __builtin_sqrt(sum_lanes(squares));
+    if (norm <= largest_norm * double{by_largest.scale}) return by_largest;
+    return {static_cast<float>(norm / largest_norm), static_cast<float>(largest_norm / norm)};
+}
+SMOLRUN_INLINE Rounding rounding_of_value(const float* x, int64_t head_dim) {
+    Words magnitudes = zero_words();
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        magnitudes = max(magnitudes, magnitude(load_up_to(x + i, count)));
+    });
+    return rounding(magnitudes, 32767.0f);
+}
+
+// Calls store(i, code) for x[head_dim].
+template <class Store>
+SMOLRUN_INLINE void each_code(const float* x, int64_t head_dim, const Rounding& with,
+                              Store&& store_code) {
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        int16_t codes[kLanes];
+        store_halves(codes, rounded(load_up_to(x + i, count), with));
+        for (int64_t j = 0; j < count; ++j) store_code(i + j, codes[j]);
+    });
+}
+
+void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
+              int16_t* v_block) {
+    const Rounding of_k = rounding_for_dot(k, head_dim), of_v = rounding_of_value(v, head_dim);
+    each_code(k, head_dim, of_k, [&](int64_t i, int16_t code) {
+        k_block[(i / 2 * kBlockTokens + slot) * 2 + i % 2] = code;
+    });
+    each_code(v, head_dim, of_v, [&](int64_t i, int16_t code) {
+        v_block[(slot / 2 * head_dim + i) * 2 + slot % 2] = code;
+    });
+    const int64_t scale = head_dim * kBlockTokens + 2 * slot;
+    __builtin_memcpy(k_block + scale, &of_k.scale, sizeof of_k.scale);
+    __builtin_memcpy(v_block + scale, &of_v.scale, sizeof of_v.scale);
+}
+
+// 2^x for x <= 0, relative error below 4e-6; from -126 down the smallest normal float. NaN stays.
+SMOLRUN_INLINE Floats power_of_two(Floats x) {
+    x = max(broadcast(-126.0f), x);
+    const Words whole = round_to_words(x);
+    const Floats r = sub(x, to_floats(whole));
+    // The polynomial of 4th degree, 1 at 0, that is nearest to 2^r for |r| <= 0.5.
+    Floats sum = broadcast(0.00958283639f);
+    sum = fma(sum, r, broadcast(0.0559064134f));
+    sum = fma(sum, r, broadcast(0.240240988f));
+    sum = fma(sum, r, broadcast(0.693124195f));
+    sum = fma(sum, r, broadcast(1.0f));
+    return as_floats(add(bits_of(sum), shift_right<-23>(whole)));
 }
 
 // A row is a query head of a token. A tile of rows shares each load of K and V.
 struct RowTile {
-    const float* q;        // [head_dim][q_stride], the tile's rows side by side, scaled
+    const int16_t* q;      // [head_dim/2][q_stride][2], codes, the tile's rows side by side
     int64_t q_stride;      //
-    float* probabilities;  // [rows][32]
+    const float* q_scale;  // [rows], of the codes, times the scale of scores and log2(e)
+    float* weighted;       // [rows][32], probability * scale of V
+    int16_t* codes;        // [rows][32], of those
     float* values;         // [rows][head_dim], weighted sums of V
-    float* maximum;        // [rows], largest score so far
-    float* sum;            // [rows], of the weights
+    float* sum;            // [rows][kLanes], of the probabilities
+    float* maximum;        // [rows], largest score so far, without q_scale
 };
 
 // K and V of a block.
 struct Block {
-    const uint16_t *k, *v;
+    const int16_t *k, *v;
 };
 SMOLRUN_INLINE Block block_at(const AttentionTask& task, int64_t token) {
-    const uint16_t* const block =
+    const int16_t* const block =
         task.pool + int64_t{task.block_table[token / kBlockTokens]} * task.block_stride;
     return {block + task.k_offset, block + task.v_offset};
+}
+SMOLRUN_INLINE Floats load_scales(const int16_t* block, int64_t head_dim, int64_t token) {
+    return as_floats(load_words(block + head_dim * kBlockTokens + 2 * token));
 }
 
 // What a block means to each row.
@@ -43,6 +102,8 @@ template <int rows>
 struct BlockRows {
     int64_t count[rows];  // tokens that the row sees, 1 to 32, not falling
     float keep[kLanes];   // [rows], factor of what was there before
+    float scale[kLanes];  // [rows], of the codes of the probabilities
+    bool all_kept;        // every factor is 1
 };
 
 // results[row] = reduce(vector of the row): four rows at once, each in the same order.
@@ -56,36 +117,43 @@ SMOLRUN_INLINE void reduce_rows(Vector&& vector, Reduce&& reduce, float* results
     }
 }
 
-// probabilities[row][32] = exp(q . k - largest so far), 0 past the row's count; brings maximum and
-// sum up to date.
+// codes[row][32] of exp(q . k - largest so far) * scale of V, 0 past the row's count; brings
+// maximum and sum up to date.
 template <int rows>
-SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, const uint16_t* k,
-                                const uint16_t* next_k, BlockRows<rows>& block) {
+SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, const int16_t* k,
+                                const int16_t* v, const int16_t* next_k, BlockRows<rows>& block) {
     static_assert(rows <= kLanes);
     constexpr int vectors = static_cast<int>(kBlockTokens) / kLanes;
-    Floats scores[rows][vectors];
-    for (auto& of_row : scores) {
-        for (Floats& score : of_row) score = broadcast(0.0f);
+    const int64_t head_dim = task.head_dim;
+    Words dots[rows][vectors];
+    for (auto& of_row : dots) {
+        for (Words& total : of_row) total = zero_words();
     }
-    const float* q = tile.q;
-    for (int64_t i = 0; i < task.head_dim; ++i) {
-        prefetch(next_k, kBlockTokens * 2);
-        Floats keys[vectors];
-        for (int v = 0; v < vectors; ++v) keys[v] = load_f16(k + v * kLanes);
+    const int16_t* q = tile.q;
+    const int16_t* keys = k;
+    for (int64_t i = 0; i < head_dim; i += 2) {
+        prefetch(next_k, kBlockTokens * 4);
+        Words pairs[vectors];
+        for (int j = 0; j < vectors; ++j) pairs[j] = load_words(keys + 2 * j * kLanes);
         for (int row = 0; row < rows; ++row) {
-            const Floats query = broadcast(q[row]);
-            for (int v = 0; v < vectors; ++v) scores[row][v] = fma(query, keys[v], scores[row][v]);
+            const Words query = broadcast_pair(q + 2 * row);
+            for (int j = 0; j < vectors; ++j) dots[row][j] = dot(dots[row][j], pairs[j], query);
         }
-        k += kBlockTokens;
-        next_k += kBlockTokens;
-        q += tile.q_stride;
+        keys += 2 * kBlockTokens;
+        next_k += 2 * kBlockTokens;
+        q += 2 * tile.q_stride;
+    }
+    Floats scores[rows][vectors];
+    for (int j = 0; j < vectors; ++j) {
+        const Floats scale = load_scales(k, head_dim, j * kLanes);
+        for (int row = 0; row < rows; ++row) scores[row][j] = mul(to_floats(dots[row][j]), scale);
     }
     const bool whole = block.count[0] == kBlockTokens;
     const Floats none = broadcast(-__builtin_inff());
     if (!whole) {
         for (int row = 0; row < rows; ++row) {
-            for (int v = 0; v < vectors; ++v) {
-                scores[row][v] = select_first(scores[row][v], none, block.count[row] - v * kLanes);
+            for (int j = 0; j < vectors; ++j) {
+                scores[row][j] = select_first(scores[row][j], none, block.count[row] - j * kLanes);
             }
         }
     }
@@ -94,7 +162,7 @@ SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, 
         [&](int row) SMOLRUN_INLINE_LAMBDA {
             // `none` is what is left of a NaN, which comes back in the sum.
             Floats largest = none;
-            for (int v = 0; v < vectors; ++v) largest = max(scores[row][v], largest);
+            for (int j = 0; j < vectors; ++j) largest = max(scores[row][j], largest);
             return largest;
         },
         [](Floats a, Floats b, Floats c, Floats d)
@@ -102,67 +170,89 @@ SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, 
         maximum);
     const Floats before = load_part(tile.maximum, rows);
     const Floats after = max(before, load(maximum));
-    const Floats keep = exponential(sub(before, after));
+    const Floats q_scale = load_part(tile.q_scale, rows);
+    const Floats keep = power_of_two(mul(sub(before, after), q_scale));
+    block.all_kept = all_equal(before, after);
     store_part(tile.maximum, after, rows);
     store(maximum, after);
     store(block.keep, keep);
 
-    Floats totals[rows];
+    Floats weighted_sums[rows];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; ++row) {
-        totals[row] = broadcast(0.0f);
-        for (int v = 0; v < vectors; ++v) {
-            Floats p = exponential(sub(scores[row][v], broadcast(maximum[row])));
-            if (!whole) p = select_first(p, broadcast(0.0f), block.count[row] - v * kLanes);
-            store(tile.probabilities + row * kBlockTokens + v * kLanes, p);
-            totals[row] = add(totals[row], p);
+        Floats total = mul(load(tile.sum + row * kLanes), broadcast(block.keep[row]));
+        weighted_sums[row] = broadcast(0.0f);
+        for (int j = 0; j < vectors; ++j) {
+            Floats p = power_of_two(
+                mul(sub(scores[row][j], broadcast(maximum[row])), broadcast(tile.q_scale[row])));
+            Floats weighted = mul(p, load_scales(v, head_dim, j * kLanes));
+            if (!whole) {
+                const int64_t count = block.count[row] - j * kLanes;
+                p = select_first(p, broadcast(0.0f), count);
+                weighted = select_first(weighted, broadcast(0.0f), count);
+            }
+            store(tile.weighted + row * kBlockTokens + j * kLanes, weighted);
+            weighted_sums[row] = add(weighted_sums[row], weighted);
+            total = add(total, p);
         }
+        store(tile.sum + row * kLanes, total);
     }
     float sums[kLanes] = {};
-    reduce_rows<rows>([&](int row) SMOLRUN_INLINE_LAMBDA { return totals[row]; },
+    reduce_rows<rows>([&](int row) SMOLRUN_INLINE_LAMBDA { return weighted_sums[row]; },
                       [](Floats a, Floats b, Floats c, Floats d)
                           SMOLRUN_INLINE_LAMBDA { return sum_lanes(a, b, c, d); },
                       sums);
-    store_part(tile.sum, fma(load_part(tile.sum, rows), keep, load(sums)), rows);
+    // Codes that add up to 32767 at most, so that their products with those of V fit 32 bits.
+    store(block.scale, mul(load(sums), broadcast(1.0f / 32767)));
+    store(sums, div(broadcast(32767.0f), load(sums)));
+    for (int row = 0; row < rows; ++row) {
+        const Floats inverse = broadcast(sums[row]);
+        for (int j = 0; j < vectors; ++j) {
+            const int64_t at = row * kBlockTokens + j * kLanes;
+            store_halves(tile.codes + at, round_to_words(mul(load(tile.weighted + at), inverse)));
+        }
+    }
 }
 
 // values[row][first..] = what was there * keep + sum of probability * v over the row's tokens, for
 // `vectors` vectors, the last of them `last` lanes long.
 template <int rows, int vectors>
-SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, const uint16_t* v,
-                               const uint16_t* next_v, int64_t first, int64_t last,
+SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, const int16_t* v,
+                               const int16_t* next_v, int64_t first, int64_t last,
                                const BlockRows<rows>& block) {
     const auto lanes = [&](int i) { return i == vectors - 1 ? last : int64_t{kLanes}; };
-    const auto load_values = [&](Floats* values, int64_t token) SMOLRUN_INLINE_LAMBDA {
-        const uint16_t* const from = v + token * task.head_dim + first;
-        for (int i = 0; i < vectors; ++i) values[i] = load_f16_up_to(from + i * kLanes, lanes(i));
-    };
-    Floats totals[rows][vectors];
-    for (int row = 0; row < rows; ++row) {
-        const float* const from = tile.values + row * task.head_dim + first;
-        const Floats keep = broadcast(block.keep[row]);
+    Words totals[rows][vectors];
+    for (auto& of_row : totals) {
+        for (Words& total : of_row) total = zero_words();
+    }
+    // The last pair may hold a token that nobody sees: its code is 0.
+    const int16_t* codes = tile.codes;
+    const int64_t stride = 2 * task.head_dim;
+    v += 2 * first;
+    next_v += 2 * first;
+    for (int64_t token = 0; token < block.count[rows - 1]; token += 2) {
+        prefetch(next_v, vectors * kLanes * 4);
+        Words pairs[vectors];
         for (int i = 0; i < vectors; ++i) {
-            totals[row][i] = mul(load_up_to(from + i * kLanes, lanes(i)), keep);
+            pairs[i] = load_words_up_to(v + 2 * i * kLanes, lanes(i));
         }
-    }
-    for (int64_t token = 0; token < block.count[0]; ++token) {
-        prefetch(next_v + token * task.head_dim + first, vectors * kLanes * 2);
-        Floats values[vectors];
-        load_values(values, token);
         for (int row = 0; row < rows; ++row) {
-            const Floats p = broadcast(tile.probabilities[row * kBlockTokens + token]);
-            for (int i = 0; i < vectors; ++i) totals[row][i] = fma(p, values[i], totals[row][i]);
+            const Words p = broadcast_pair(codes + row * kBlockTokens);
+            for (int i = 0; i < vectors; ++i) totals[row][i] = dot(totals[row][i], pairs[i], p);
         }
+        codes += 2;
+        v += stride;
+        next_v += stride;
     }
     for (int row = 0; row < rows; ++row) {
-        for (int64_t token = block.count[0]; token < block.count[row]; ++token) {
-            Floats values[vectors];
-            load_values(values, token);
-            const Floats p = broadcast(tile.probabilities[row * kBlockTokens + token]);
-            for (int i = 0; i < vectors; ++i) totals[row][i] = fma(p, values[i], totals[row][i]);
+        float* const values = tile.values + row * task.head_dim + first;
+        const Floats scale = broadcast(block.scale[row]), keep = broadcast(block.keep[row]);
+        for (int i = 0; i < vectors; ++i) {
+            Floats before = load_up_to(values + i * kLanes, lanes(i));
+            if (!block.all_kept) before = mul(before, keep);
+            store_up_to(values + i * kLanes, fma(to_floats(totals[row][i]), scale, before),
+                        lanes(i));
         }
-        float* const to = tile.values + row * task.head_dim + first;
-        for (int i = 0; i < vectors; ++i) store_up_to(to + i * kLanes, totals[row][i], lanes(i));
     }
 }
 
@@ -177,7 +267,7 @@ void attend_block(const AttentionTask& task, const RowTile& tile, int64_t row, i
     const Block block = block_at(task, begin);
     // Blocks lie anywhere in memory: the next one is asked for while this one is used.
     const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
-    score_block<rows>(task, tile, block.k, next.k, rows_of_block);
+    score_block<rows>(task, tile, block.k, block.v, next.k, rows_of_block);
     constexpr int fitting = kAttentionTotals / rows;
     constexpr int vectors = fitting < 4 ? fitting : 4;
     int64_t i = 0;
@@ -198,49 +288,106 @@ SMOLRUN_INLINE void each_row_tile(int64_t row, int64_t end, Work&& work) {
     if constexpr (next > 0) each_row_tile<next>(row, end, work);
 }
 
-// Scratch of a tile: attend_rows takes it from here on.
-RowTile place_tile(int64_t rows, int64_t head_dim, float* scratch) {
-    float* const values = scratch + rows * head_dim;
-    float* const maximum = values + rows * head_dim;
-    return {scratch, rows, maximum + 2 * rows, values, maximum, maximum + rows};
+// The rows of a task, ready to be multiplied, and scratch of a tile.
+struct Rows {
+    int16_t* q;      // [tiles] of [head_dim/2][rows of the tile][2]
+    float* q_scale;  // [rows]
+    float* scratch;  // of a tile
+};
+
+constexpr int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// Rounds the rows of a task; tiles stand where each_row_tile has them.
+Rows prepare_rows(const AttentionTask& task, float* scratch) {
+    const int64_t rows = task.tokens * task.group, head_dim = task.head_dim;
+    const Rows prepared{reinterpret_cast<int16_t*>(scratch), scratch + padded(rows * head_dim / 2),
+                        scratch + padded(rows * head_dim / 2) + padded(rows)};
+    const float scale = task.scale * 1.44269504088896341f;
+    each_row_tile(0, rows, [&]<int count>(int64_t first) {
+        int16_t* const tile = prepared.q + first * head_dim;
+        for (int row = 0; row < count; ++row) {
+            const float* const q = task.q + (first + row) / task.group * task.stride +
+                                   (first + row) % task.group * head_dim;
+            const Rounding with = rounding_for_dot(q, head_dim);
+            each_code(q, head_dim, with, [&](int64_t i, int16_t code) {
+                tile[(i / 2 * count + row) * 2 + i % 2] = code;
+            });
+            // Not 0, which would not make 2^-infinity of the start of a softmax.
+            const float of_scores = with.scale * scale;
+            prepared.q_scale[first + row] = of_scores < 0x1p-126f ? 0x1p-126f : of_scores;
+        }
+    });
+    return prepared;
 }
 
-// A segment for `rows` rows, each of which sees at least one token of it.
+RowTile place_tile(const Rows& prepared, int64_t first, int64_t rows, int64_t head_dim) {
+    float* const weighted = prepared.scratch;
+    float* const codes = weighted + rows * kBlockTokens;
+    float* const sum = codes + rows * kBlockTokens / 2;
+    float* const maximum = sum + rows * kLanes;
+    float* const values = maximum + kLanes;
+    return {prepared.q + first * head_dim,
+            rows,
+            prepared.q_scale + first,
+            weighted,
+            reinterpret_cast<int16_t*>(codes),
+            values,
+            sum,
+            maximum};
+}
+
+// Rows of the tile from `i` on.
+SMOLRUN_INLINE RowTile part_of(const RowTile& tile, int64_t i, int64_t head_dim) {
+    return {tile.q + 2 * i,
+            tile.q_stride,
+            tile.q_scale + i,
+            tile.weighted + i * kBlockTokens,
+            tile.codes + i * kBlockTokens,
+            tile.values + i * head_dim,
+            tile.sum + i * kLanes,
+            tile.maximum + i};
+}
+
+// The first row that sees the token at `position`.
+SMOLRUN_INLINE int64_t first_row_at(const AttentionTask& task, int64_t position) {
+    const int64_t unseen = position - task.length + 1;
+    return unseen > 0 ? unseen * task.group : 0;
+}
+
+// A segment for `rows` rows from `row` on, one of which at least sees a token of it.
 template <int rows>
-RowTile attend_rows(const AttentionTask& task, int64_t row, int64_t segment, float* scratch) {
+RowTile attend_rows(const AttentionTask& task, const Rows& prepared, int64_t row, int64_t segment) {
     const int64_t head_dim = task.head_dim;
-    const RowTile tile = place_tile(rows, head_dim, scratch);
+    const RowTile tile = place_tile(prepared, row, rows, head_dim);
     for (int i = 0; i < rows; ++i) {
-        const float* const from =
-            task.q + (row + i) / task.group * task.stride + (row + i) % task.group * head_dim;
-        for (int64_t j = 0; j < head_dim; ++j) scratch[j * rows + i] = from[j] * task.scale;
-        // Of the first block nothing was before: exp(-infinity - maximum) keeps 0 of it.
+        // Of the first block nothing was before: what is kept is kept of 0.
         tile.maximum[i] = -__builtin_inff();
-        tile.sum[i] = 0;
+        store(tile.sum + i * kLanes, broadcast(0.0f));
     }
     for (int64_t i = 0; i < rows * head_dim; ++i) tile.values[i] = 0;
 
-    const int64_t first_length = task.length + row / task.group;
     const int64_t last_length = task.length + (row + rows - 1) / task.group;
     const int64_t end = smaller((segment + 1) * kSegmentTokens, last_length);
     for (int64_t begin = segment * kSegmentTokens; begin < end; begin += kBlockTokens) {
-        if (begin < first_length) {
+        const int64_t first = first_row_at(task, begin);
+        if (first <= row) {
             attend_block<rows>(task, tile, row, begin);
             continue;
         }
         // The tile's first tokens do not reach this block any more.
-        const int64_t first = (begin - task.length + 1) * task.group;
         each_row_tile<rows>(first, row + rows, [&]<int count>(int64_t at) {
-            const int64_t i = at - row;
-            const RowTile part{tile.q + i,
-                               rows,
-                               tile.probabilities + i * kBlockTokens,
-                               tile.values + i * head_dim,
-                               tile.maximum + i,
-                               tile.sum + i};
-            attend_block<count>(task, part, at, begin);
+            attend_block<count>(task, part_of(tile, at - row, head_dim), at, begin);
         });
     }
+    // Ready to be merged: the largest score as a power of two, the sum of the probabilities.
+    store_part(tile.maximum, mul(load_part(tile.maximum, rows), load_part(tile.q_scale, rows)),
+               rows);
+    float sums[kLanes];
+    reduce_rows<rows>([&](int i) SMOLRUN_INLINE_LAMBDA { return load(tile.sum + i * kLanes); },
+                      [](Floats a, Floats b, Floats c, Floats d)
+                          SMOLRUN_INLINE_LAMBDA { return sum_lanes(a, b, c, d); },
+                      sums);
+    for (int i = 0; i < rows; ++i) tile.sum[i] = sums[i];
     return tile;
 }
 
@@ -262,8 +409,8 @@ SMOLRUN_INLINE void merge_rows(const float* values, const float* maximum, const 
                                int64_t head_dim, const Softmax& softmax, Out&& out) {
     const Floats before = load_part(softmax.maximum, rows), of_segment = load_part(maximum, rows);
     const Floats after = max(before, of_segment);
-    const Floats keep = exponential(sub(before, after));
-    const Floats take = exponential(sub(of_segment, after));
+    const Floats keep = power_of_two(sub(before, after));
+    const Floats take = power_of_two(sub(of_segment, after));
     const Floats taken = mul(load_part(sum, rows), take);
     store_part(softmax.maximum, after, rows);
     store_part(softmax.sum, fma(load_part(softmax.sum, rows), keep, taken), rows);
@@ -289,8 +436,8 @@ SMOLRUN_INLINE void finish_row(int64_t head_dim, float sum, float* out) {
 
 void attention(const AttentionTask& task) {
     const int64_t rows = task.tokens * task.group, head_dim = task.head_dim;
-    const Softmax softmax{task.scratch, task.scratch + rows};
-    float* const scratch = task.scratch + 2 * rows;
+    const Softmax softmax{task.scratch, task.scratch + padded(rows)};
+    const Rows prepared = prepare_rows(task, task.scratch + 2 * padded(rows));
     const auto out = [&](int64_t row) {
         return task.out + row / task.group * task.stride + row % task.group * head_dim;
     };
@@ -298,13 +445,16 @@ void attention(const AttentionTask& task) {
     const int64_t longest = task.length + task.tokens - 1;
     // Segment by segment, so that its K and V stay in the cache while the rows pass.
     for (int64_t segment = 0; segment * kSegmentTokens < longest; ++segment) {
-        const int64_t unseen = segment * kSegmentTokens - task.length + 1;
-        const int64_t first = unseen > 0 ? unseen * task.group : 0;
-        each_row_tile(first, rows, [&]<int count>(int64_t row) {
-            const RowTile tile = attend_rows<count>(task, row, segment, scratch);
-            merge_rows<count>(tile.values, tile.maximum, tile.sum, head_dim,
-                              {softmax.maximum + row, softmax.sum + row},
-                              [&](int64_t i) { return out(row + i); });
+        const int64_t first = first_row_at(task, segment * kSegmentTokens);
+        each_row_tile(0, rows, [&]<int count>(int64_t row) {
+            if (first >= row + count) return;
+            const RowTile tile = attend_rows<count>(task, prepared, row, segment);
+            each_row_tile<count>(first > row ? first : row, row + count, [&]<int some>(int64_t at) {
+                merge_rows<some>(tile.values + (at - row) * head_dim, tile.maximum + (at - row),
+                                 tile.sum + (at - row), head_dim,
+                                 {softmax.maximum + at, softmax.sum + at},
+                                 [&](int64_t i) { return out(at + i); });
+            });
         });
     }
     for (int64_t row = 0; row < rows; ++row) finish_row(head_dim, softmax.sum[row], out(row));
@@ -312,8 +462,9 @@ void attention(const AttentionTask& task) {
 
 void attend_segment(const AttentionTask& task, int64_t segment, float* partial) {
     const int64_t head_dim = task.head_dim;
+    const Rows prepared = prepare_rows(task, task.scratch);
     each_row_tile(0, task.group, [&]<int count>(int64_t row) {
-        const RowTile tile = attend_rows<count>(task, row, segment, task.scratch);
+        const RowTile tile = attend_rows<count>(task, prepared, row, segment);
         for (int i = 0; i < count; ++i) {
             float* const to = partial + (row + i) * (head_dim + kPartialExtra);
             for (int64_t j = 0; j < head_dim; ++j) to[j] = tile.values[i * head_dim + j];

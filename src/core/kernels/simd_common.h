@@ -39,6 +39,9 @@ SMOLRUN_INLINE Floats load_up_to(const float* from, int64_t count) {
 SMOLRUN_INLINE Floats load_f16_up_to(const uint16_t* from, int64_t count) {
     return count == kLanes ? load_f16(from) : load_f16_part(from, count);
 }
+SMOLRUN_INLINE Words load_words_up_to(const void* from, int64_t count) {
+    return count == kLanes ? load_words(from) : load_words_part(from, count);
+}
 SMOLRUN_INLINE void store_up_to(float* to, Floats x, int64_t count) {
     count == kLanes ? store(to, x) : store_part(to, x, count);
 }

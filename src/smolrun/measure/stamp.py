@@ -108,7 +108,7 @@ def stamp(engine: Engine, program: Program, tensors: Mapping[str, Tensor]) -> St
     chosen = np.concatenate((first, others[0]))
 
     values = _LazyValues(tensors)
-    reference = ReferenceRunner(program, values, dtype=dtype, kv_dtype=np.float16)
+    reference = ReferenceRunner(program, values, dtype=dtype, rounded_kv=True)
     values.start()
     taken = np.concatenate((prompt, chosen[:-1]))
     wanted = np.arange(len(prompt) - 1, len(taken))

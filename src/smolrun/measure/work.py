@@ -27,8 +27,6 @@ from smolrun.quant.types import WeightType
 if TYPE_CHECKING:
     from smolrun.engine.native import Activations
 
-KV_BYTES = 2  # of a number in the KV cache, float16
-
 
 @dataclass(frozen=True)
 class StepShape:
@@ -120,7 +118,7 @@ class WorkCounter:
         """The work of one operation of a step. ValueError for one that is not known."""
         config = self._program.config
         rows = shape.tokens * shape.sequences
-        kv_row_bytes = 2 * config.num_key_value_heads * config.head_dim * KV_BYTES
+        kv_row_bytes = config.kv_bytes_per_token // config.num_hidden_layers
         if isinstance(operation, Embed):
             columns = self._program.weights[operation.weight][1]
             return Work(rows * self._types[operation.weight].row_bytes(columns))
@@ -131,7 +129,7 @@ class WorkCounter:
         if isinstance(operation, Attention):
             read = shape.sequences * (shape.start + shape.tokens) * kv_row_bytes
             width = config.num_attention_heads * config.head_dim
-            return Work(kv_bytes=read, operations={"f32": 4 * width * shape.attended})
+            return Work(kv_bytes=read, operations={"int16": 4 * width * shape.attended})
         if isinstance(operation, LinearAdd):
             return self._products((operation.weight,), rows, self._bits)
         if isinstance(operation, NormSwiGLU):

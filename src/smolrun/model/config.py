@@ -212,8 +212,8 @@ class ModelConfig:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that a token takes in the KV cache, which holds float16."""
-        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * 2
+        """Bytes that a token takes in the KV cache: 16-bit codes, a float scale a head."""
+        return self.num_hidden_layers * 2 * self.num_key_value_heads * (self.head_dim * 2 + 4)
 
 
 _HUGGING_FACE_KEYS = {

@@ -34,8 +34,8 @@ _QUERY_ROWS = 256
 class ReferenceRunner:
     """Runs a listing with its own KV cache, one growing array per sequence and layer.
 
-    dtype: float64, or float32 to be faster. kv_dtype: what K and V are rounded to when stored,
-    float16 as in the native cache; None keeps the runner's own precision.
+    dtype: float64, or float32 to be faster. rounded_kv: K and V are rounded when stored, as in the
+    native cache.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ReferenceRunner:
         weights: Mapping[str, npt.NDArray[np.float32]],  # canonical name -> values in its shape
         *,
         dtype: npt.DTypeLike = np.float64,
-        kv_dtype: npt.DTypeLike | None = None,
+        rounded_kv: bool = False,
     ) -> None:
         for name, shape in program.weights.items():
             if weights[name].shape != shape:
@@ -52,7 +52,7 @@ class ReferenceRunner:
         self.program = program
         self.weights = weights
         self.dtype = np.dtype(dtype)
-        self.kv_dtype = np.dtype(kv_dtype if kv_dtype is not None else dtype)
+        self.rounded_kv = rounded_kv
         self._inverse_frequencies, self._attention_factor = program.config.rope_parameters()
         self._caches: dict[int, _Cache] = {}
 
@@ -91,7 +91,7 @@ class ReferenceRunner:
             raise ValueError("a token id lies outside the vocabulary")
         rows_of = {int(owner): np.flatnonzero(owners == owner) for owner in np.unique(owners)}
         for owner, rows in rows_of.items():
-            cache = self._caches.setdefault(owner, _Cache(self.program, self.kv_dtype))
+            cache = self._caches.setdefault(owner, _Cache(self.program, self.dtype))
             cache.reserve(places[rows])
         cosine, sine = self._rotation(places)
         wanted = slice(None) if logit_rows is None else np.asarray(logit_rows, dtype=np.int64)
@@ -104,6 +104,8 @@ class ReferenceRunner:
                     buffers[operation.out] = embedded.astype(self.dtype)
                 elif isinstance(operation, NormQKV):
                     query, key, value = self._norm_qkv(operation, buffers, cosine, sine)
+                    if self.rounded_kv:
+                        key, value = rounded_keys(key), rounded_values(value)
                     buffers[operation.out] = query
                     for owner, rows in rows_of.items():
                         self._caches[owner].store(
@@ -113,7 +115,7 @@ class ReferenceRunner:
                     query = buffers[operation.input]
                     out = np.empty_like(query)
                     for owner, rows in rows_of.items():
-                        keys, values = self._caches[owner].read(operation.layer, self.dtype)
+                        keys, values = self._caches[owner].read(operation.layer)
                         out[rows] = self._attention(query[rows], places[rows], keys, values)
                     buffers[operation.out] = out
                 elif isinstance(operation, LinearAdd):
@@ -228,11 +230,27 @@ class _Cache:
                 arrays[layer] = grown
             arrays[layer][places] = new
 
-    def read(self, layer: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-        return (
-            self._keys[layer][: self.length].astype(dtype),
-            self._values[layer][: self.length].astype(dtype),
-        )
+    def read(self, layer: int) -> tuple[Array, Array]:
+        return self._keys[layer][: self.length], self._values[layer][: self.length]
+
+
+def rounded_keys(keys: Array) -> Array:
+    """Keys (..., head_dim) as the native cache holds them: codes of 16 bits and a scale for each.
+
+    A product of two vectors of such codes fits 32 bits: |q . k| <= |q| |k|.
+    """
+    largest = np.abs(keys).max(axis=-1, keepdims=True) / 32767
+    norm = np.sqrt(np.square(keys).sum(axis=-1, keepdims=True)) / 46300
+    return _rounded(keys, np.maximum(largest, norm))
+
+
+def rounded_values(values: Array) -> Array:
+    """Values (..., head_dim) likewise: the largest of each gets the largest code."""
+    return _rounded(values, np.abs(values).max(axis=-1, keepdims=True) / 32767)
+
+
+def _rounded(vectors: Array, scale: Array) -> Array:
+    return np.rint(vectors / np.where(scale == 0, 1, scale)) * scale
 
 
 def _rotated(heads: Array, cosine: Array, sine: Array) -> Array:
