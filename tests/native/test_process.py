@@ -194,7 +194,8 @@ def test_cache_memory_is_taken_as_it_is_used_and_given_back() -> None:
     blocks = blocks_for(640, 1000)
     run_sequence(runner, config, tokens, blocks, 32)
     used = resident_of_size(size) - before
-    assert 20 * runner.kv_block_bytes <= used <= 22 * runner.kv_block_bytes
+    # Pages of 2 MiB may reach past the first and the last block.
+    assert 20 * runner.kv_block_bytes <= used <= 20 * runner.kv_block_bytes + (4 << 20)
     runner.release_blocks(blocks)
     assert resident_of_size(size) - before <= 2 * runner.kv_block_bytes
 

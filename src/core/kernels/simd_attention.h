@@ -1,62 +1,11 @@
-// Attention of some tokens over their KV blocks, and the storing of K and V.
+// Attention of some tokens over their KV blocks.
 #pragma once
 
 #include "kernels.h"
-#include "kernels/simd_common.h"
-#include "kernels/simd_vectors.h"
+#include "kernels/simd_kv.h"
 
 namespace smolrun {
 namespace {
-
-// Rounding of a vector of q or k, so that neither a code nor a sum of products of two such vectors
-// leaves its bits: |q . k| <= |q| |k|, and 46300 + sqrt(1024) / 2 squared is below 2^31.
-SMOLRUN_INLINE Rounding rounding_for_dot(const float* x, int64_t head_dim) {
-    constexpr double largest_norm = 46300;
-    Words magnitudes = zero_words();
-    Doubles squares{};
-    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
-        const Floats some = load_up_to(x + i, count);
-        magnitudes = max(magnitudes, magnitude(some));
-        add_squares(some, squares);
-    });
-    const Rounding by_largest = rounding(magnitudes, 32767.0f);
-    if (by_largest.inverse == 0) return by_largest;
-    const double norm = __builtin_sqrt(sum_lanes(squares));
-    if (norm <= largest_norm * double{by_largest.scale}) return by_largest;
-    return {static_cast<float>(norm / largest_norm), static_cast<float>(largest_norm / norm)};
-}
-SMOLRUN_INLINE Rounding rounding_of_value(const float* x, int64_t head_dim) {
-    Words magnitudes = zero_words();
-    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
-        magnitudes = max(magnitudes, magnitude(load_up_to(x + i, count)));
-    });
-    return rounding(magnitudes, 32767.0f);
-}
-
-// Calls store(i, code) for x[head_dim].
-template <class Store>
-SMOLRUN_INLINE void each_code(const float* x, int64_t head_dim, const Rounding& with,
-                              Store&& store_code) {
-    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
-        int16_t codes[kLanes];
-        store_halves(codes, rounded(load_up_to(x + i, count), with));
-        for (int64_t j = 0; j < count; ++j) store_code(i + j, codes[j]);
-    });
-}
-
-void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
-              int16_t* v_block) {
-    const Rounding of_k = rounding_for_dot(k, head_dim), of_v = rounding_of_value(v, head_dim);
-    each_code(k, head_dim, of_k, [&](int64_t i, int16_t code) {
-        k_block[(i / 2 * kBlockTokens + slot) * 2 + i % 2] = code;
-    });
-    each_code(v, head_dim, of_v, [&](int64_t i, int16_t code) {
-        v_block[(slot / 2 * head_dim + i) * 2 + slot % 2] = code;
-    });
-    const int64_t scale = head_dim * kBlockTokens + 2 * slot;
-    __builtin_memcpy(k_block + scale, &of_k.scale, sizeof of_k.scale);
-    __builtin_memcpy(v_block + scale, &of_v.scale, sizeof of_v.scale);
-}
 
 // 2^x for x <= 0, relative error below 4e-6; from -126 down the smallest normal float. NaN stays.
 SMOLRUN_INLINE Floats power_of_two(Floats x) {
@@ -84,6 +33,18 @@ struct RowTile {
     float* maximum;        // [rows], largest score so far, without q_scale
 };
 
+// Rows of the tile from `i` on.
+SMOLRUN_INLINE RowTile part_of(const RowTile& tile, int64_t i, int64_t head_dim) {
+    return {tile.q + 2 * i,
+            tile.q_stride,
+            tile.q_scale + i,
+            tile.weighted + i * kBlockTokens,
+            tile.codes + i * kBlockTokens,
+            tile.values + i * head_dim,
+            tile.sum + i * kLanes,
+            tile.maximum + i};
+}
+
 // K and V of a block.
 struct Block {
     const int16_t *k, *v;
@@ -96,6 +57,16 @@ SMOLRUN_INLINE Block block_at(const AttentionTask& task, int64_t token) {
 SMOLRUN_INLINE Floats load_scales(const int16_t* block, int64_t head_dim, int64_t token) {
     return as_floats(load_words(block + head_dim * kBlockTokens + 2 * token));
 }
+
+// Blocks lie anywhere in memory: while one is used, the next is asked for from the second-level
+// cache, and the one after it from memory. Both K, or both V.
+struct Ahead {
+    const int16_t *next, *far;
+    SMOLRUN_INLINE void ask(int64_t element, int64_t bytes) const {
+        prefetch(next + element, bytes);
+        prefetch_far(far + element, bytes);
+    }
+};
 
 // What a block means to each row.
 template <int rows>
@@ -121,7 +92,7 @@ SMOLRUN_INLINE void reduce_rows(Vector&& vector, Reduce&& reduce, float* results
 // maximum and sum up to date.
 template <int rows>
 SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, const int16_t* k,
-                                const int16_t* v, const int16_t* next_k, BlockRows<rows>& block) {
+                                const int16_t* v, const Ahead& ahead, BlockRows<rows>& block) {
     static_assert(rows <= kLanes);
     constexpr int vectors = static_cast<int>(kBlockTokens) / kLanes;
     const int64_t head_dim = task.head_dim;
@@ -130,17 +101,15 @@ SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, 
         for (Words& total : of_row) total = zero_words();
     }
     const int16_t* q = tile.q;
-    const int16_t* keys = k;
     for (int64_t i = 0; i < head_dim; i += 2) {
-        prefetch(next_k, kBlockTokens * 4);
+        const int64_t at = i * kBlockTokens;
+        ahead.ask(at, kBlockTokens * 4);
         Words pairs[vectors];
-        for (int j = 0; j < vectors; ++j) pairs[j] = load_words(keys + 2 * j * kLanes);
+        for (int j = 0; j < vectors; ++j) pairs[j] = load_words(k + at + 2 * j * kLanes);
         for (int row = 0; row < rows; ++row) {
             const Words query = broadcast_pair(q + 2 * row);
             for (int j = 0; j < vectors; ++j) dots[row][j] = dot(dots[row][j], pairs[j], query);
         }
-        keys += 2 * kBlockTokens;
-        next_k += 2 * kBlockTokens;
         q += 2 * tile.q_stride;
     }
     Floats scores[rows][vectors];
@@ -215,11 +184,12 @@ SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, 
 }
 
 // values[row][first..] = what was there * keep + sum of probability * v over the row's tokens, for
-// `vectors` vectors, the last of them `last` lanes long.
-template <int rows, int vectors>
+// `vectors` vectors, the last of them `last` lanes long. `begin`: the tile's first row in the
+// block's.
+template <int rows, int vectors, int of>
 SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, const int16_t* v,
-                               const int16_t* next_v, int64_t first, int64_t last,
-                               const BlockRows<rows>& block) {
+                               const Ahead& ahead, int64_t first, int64_t last, int begin,
+                               const BlockRows<of>& block) {
     const auto lanes = [&](int i) { return i == vectors - 1 ? last : int64_t{kLanes}; };
     Words totals[rows][vectors];
     for (auto& of_row : totals) {
@@ -227,32 +197,51 @@ SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, c
     }
     // The last pair may hold a token that nobody sees: its code is 0.
     const int16_t* codes = tile.codes;
-    const int64_t stride = 2 * task.head_dim;
-    v += 2 * first;
-    next_v += 2 * first;
-    for (int64_t token = 0; token < block.count[rows - 1]; token += 2) {
-        prefetch(next_v, vectors * kLanes * 4);
+    for (int64_t token = 0; token < block.count[begin + rows - 1]; token += 2) {
+        const int64_t at = token * task.head_dim + 2 * first;
+        ahead.ask(at, vectors * kLanes * 4);
         Words pairs[vectors];
         for (int i = 0; i < vectors; ++i) {
-            pairs[i] = load_words_up_to(v + 2 * i * kLanes, lanes(i));
+            pairs[i] = load_words_up_to(v + at + 2 * i * kLanes, lanes(i));
         }
         for (int row = 0; row < rows; ++row) {
             const Words p = broadcast_pair(codes + row * kBlockTokens);
             for (int i = 0; i < vectors; ++i) totals[row][i] = dot(totals[row][i], pairs[i], p);
         }
         codes += 2;
-        v += stride;
-        next_v += stride;
     }
     for (int row = 0; row < rows; ++row) {
         float* const values = tile.values + row * task.head_dim + first;
-        const Floats scale = broadcast(block.scale[row]), keep = broadcast(block.keep[row]);
+        const Floats scale = broadcast(block.scale[begin + row]);
+        const Floats keep = broadcast(block.keep[begin + row]);
         for (int i = 0; i < vectors; ++i) {
             Floats before = load_up_to(values + i * kLanes, lanes(i));
             if (!block.all_kept) before = mul(before, keep);
             store_up_to(values + i * kLanes, fma(to_floats(totals[row][i]), scale, before),
                         lanes(i));
         }
+    }
+}
+
+// As many rows as leave totals for the most vectors of V.
+template <int rows>
+constexpr int kValueRows = rows == 12 ? 6 : rows;
+
+// values of the rows from `row` of the block on, all channels.
+template <int rows>
+SMOLRUN_INLINE void add_values_of_rows(const AttentionTask& task, const RowTile& tile,
+                                       const int16_t* v, const Ahead& ahead, int row,
+                                       const BlockRows<rows>& block) {
+    constexpr int together = kValueRows<rows>;
+    constexpr int fitting = kAttentionTotals / together;
+    constexpr int vectors = fitting < 4 ? fitting : 4;
+    int64_t i = 0;
+    for (; i + vectors * kLanes <= task.head_dim; i += vectors * kLanes) {
+        add_values<together, vectors>(task, tile, v, ahead, i, kLanes, row, block);
+    }
+    for (; i < task.head_dim; i += kLanes) {
+        add_values<together, 1>(task, tile, v, ahead, i, smaller(kLanes, task.head_dim - i), row,
+                                block);
     }
 }
 
@@ -265,18 +254,15 @@ void attend_block(const AttentionTask& task, const RowTile& tile, int64_t row, i
         rows_of_block.count[i] = smaller(kBlockTokens, length - begin);
     }
     const Block block = block_at(task, begin);
-    // Blocks lie anywhere in memory: the next one is asked for while this one is used.
     const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
-    score_block<rows>(task, tile, block.k, block.v, next.k, rows_of_block);
-    constexpr int fitting = kAttentionTotals / rows;
-    constexpr int vectors = fitting < 4 ? fitting : 4;
-    int64_t i = 0;
-    for (; i + vectors * kLanes <= task.head_dim; i += vectors * kLanes) {
-        add_values<rows, vectors>(task, tile, block.v, next.v, i, kLanes, rows_of_block);
-    }
-    for (; i < task.head_dim; i += kLanes) {
-        add_values<rows, 1>(task, tile, block.v, next.v, i, smaller(kLanes, task.head_dim - i),
-                            rows_of_block);
+    const Block far = block_at(task, smaller(begin + 2 * kBlockTokens, task.length - 1));
+    const Ahead k{next.k, far.k}, v{next.v, far.v};
+    k.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);  // the scales
+    v.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);
+    score_block<rows>(task, tile, block.k, block.v, k, rows_of_block);
+    for (int i = 0; i < rows; i += kValueRows<rows>) {
+        add_values_of_rows<rows>(task, part_of(tile, i, task.head_dim), block.v, v, i,
+                                 rows_of_block);
     }
 }
 
@@ -336,18 +322,6 @@ RowTile place_tile(const Rows& prepared, int64_t first, int64_t rows, int64_t he
             maximum};
 }
 
-// Rows of the tile from `i` on.
-SMOLRUN_INLINE RowTile part_of(const RowTile& tile, int64_t i, int64_t head_dim) {
-    return {tile.q + 2 * i,
-            tile.q_stride,
-            tile.q_scale + i,
-            tile.weighted + i * kBlockTokens,
-            tile.codes + i * kBlockTokens,
-            tile.values + i * head_dim,
-            tile.sum + i * kLanes,
-            tile.maximum + i};
-}
-
 // The first row that sees the token at `position`.
 SMOLRUN_INLINE int64_t first_row_at(const AttentionTask& task, int64_t position) {
     const int64_t unseen = position - task.length + 1;
@@ -365,6 +339,9 @@ RowTile attend_rows(const AttentionTask& task, const Rows& prepared, int64_t row
         store(tile.sum + i * kLanes, broadcast(0.0f));
     }
     for (int64_t i = 0; i < rows * head_dim; ++i) tile.values[i] = 0;
+    const Block start = block_at(task, segment * kSegmentTokens);
+    prefetch_far(start.k, (head_dim + 2) * kBlockTokens * 2);
+    prefetch_far(start.v, (head_dim + 2) * kBlockTokens * 2);
 
     const int64_t last_length = task.length + (row + rows - 1) / task.group;
     const int64_t end = smaller((segment + 1) * kSegmentTokens, last_length);

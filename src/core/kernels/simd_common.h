@@ -10,11 +10,16 @@ constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
 
 SMOLRUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Asks for memory, which need not exist, ahead of its use.
+// Asks for memory, which need not exist, ahead of its use: into the first-level cache, or the
+// second, on the way to which more of it can be under way.
+template <_mm_hint hint = _MM_HINT_T0>
 SMOLRUN_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) {
-        _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(from) + line, hint);
     }
+}
+SMOLRUN_INLINE void prefetch_far(const void* from, int64_t bytes) {
+    prefetch<_MM_HINT_T1>(from, bytes);
 }
 
 // The same, only as far as the second-level cache: a core has few slots for lines on their way to

@@ -4,6 +4,7 @@
 #include "kernels/simd_attention.h"
 #include "kernels/simd_bytes.h"
 #include "kernels/simd_floats.h"
+#include "kernels/simd_kv.h"
 #include "kernels/simd_quantized.h"
 #include "kernels/simd_vectors.h"
 

@@ -1,0 +1,62 @@
+// Rounding of q, k and v to codes of 16 bits, and the storing of K and V.
+#pragma once
+
+#include "kernels.h"
+#include "kernels/simd_common.h"
+#include "kernels/simd_vectors.h"
+
+namespace smolrun {
+namespace {
+
+// Rounding of a vector of q or k, so that neither a code nor a sum of products of two such vectors
+// leaves its bits: |q . k| <= |q| |k|, and 46300 + sqrt(1024) / 2 squared is below 2^31.
+SMOLRUN_INLINE Rounding rounding_for_dot(const float* x, int64_t head_dim) {
+    constexpr double largest_norm = 46300;
+    Words magnitudes = zero_words();
+    Doubles squares{};
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        const Floats some = load_up_to(x + i, count);
+        magnitudes = max(magnitudes, magnitude(some));
+        add_squares(some, squares);
+    });
+    const Rounding by_largest = rounding(magnitudes, 32767.0f);
+    if (by_largest.inverse == 0) return by_largest;
+    const double norm = __builtin_sqrt(sum_lanes(squares));
+    if (norm <= largest_norm * double{by_largest.scale}) return by_largest;
+    return {static_cast<float>(norm / largest_norm), static_cast<float>(largest_norm / norm)};
+}
+SMOLRUN_INLINE Rounding rounding_of_value(const float* x, int64_t head_dim) {
+    Words magnitudes = zero_words();
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        magnitudes = max(magnitudes, magnitude(load_up_to(x + i, count)));
+    });
+    return rounding(magnitudes, 32767.0f);
+}
+
+// Calls store(i, code) for x[head_dim].
+template <class Store>
+SMOLRUN_INLINE void each_code(const float* x, int64_t head_dim, const Rounding& with,
+                              Store&& store_code) {
+    each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
+        int16_t codes[kLanes];
+        store_halves(codes, rounded(load_up_to(x + i, count), with));
+        for (int64_t j = 0; j < count; ++j) store_code(i + j, codes[j]);
+    });
+}
+
+void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
+              int16_t* v_block) {
+    const Rounding of_k = rounding_for_dot(k, head_dim), of_v = rounding_of_value(v, head_dim);
+    each_code(k, head_dim, of_k, [&](int64_t i, int16_t code) {
+        k_block[(i / 2 * kBlockTokens + slot) * 2 + i % 2] = code;
+    });
+    each_code(v, head_dim, of_v, [&](int64_t i, int16_t code) {
+        v_block[(slot / 2 * head_dim + i) * 2 + slot % 2] = code;
+    });
+    const int64_t scale = head_dim * kBlockTokens + 2 * slot;
+    __builtin_memcpy(k_block + scale, &of_k.scale, sizeof of_k.scale);
+    __builtin_memcpy(v_block + scale, &of_v.scale, sizeof of_v.scale);
+}
+
+}  // namespace
+}  // namespace smolrun
