@@ -32,4 +32,22 @@ static inline float float_from_half(uint16_t bits) {
     return std::bit_cast<float>(sign | special | std::bit_cast<uint32_t>(rebased));
 }
 
+// Rounds to nearest even; too large becomes infinite; NaN stays NaN.
+static inline uint16_t half_from_float(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65536 and up
+    if (magnitude < 0x38800000u) {
+        // Below 2^-14: adding 1/2 lets the addition round to multiples of 2^-24.
+        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+        return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
+    }
+    // A carry out of the mantissa moves into the exponent, up to infinity, as it should.
+    const uint32_t odd = magnitude >> 13 & 1u;
+    const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + odd;
+    return static_cast<uint16_t>(sign | rounded >> 13);
+}
+
 }  // namespace smolrun
