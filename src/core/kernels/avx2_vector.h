@@ -54,18 +54,8 @@ SMOLRUN_INLINE Floats select_first(Floats x, Floats other, int64_t count) {
     return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(first_lanes(count)));
 }
 
-SMOLRUN_INLINE __m128i load_halves_part(const void* from, int64_t count) {
-    alignas(16) uint16_t copy[8] = {};
-    for (int64_t i = 0; i < count; ++i) {
-        __builtin_memcpy(copy + i, static_cast<const std::byte*>(from) + 2 * i, sizeof copy[0]);
-    }
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(copy));
-}
 SMOLRUN_INLINE Floats load_f16(const void* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
-}
-SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
-    return _mm256_cvtph_ps(load_halves_part(from, count));
 }
 
 SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }

@@ -70,9 +70,6 @@ SMOLRUN_INLINE Floats select_first(Floats x, Floats other, int64_t count) {
 SMOLRUN_INLINE Floats load_f16(const void* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
-SMOLRUN_INLINE Floats load_f16_part(const void* from, int64_t count) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
-}
 
 SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }

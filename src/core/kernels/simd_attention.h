@@ -58,10 +58,10 @@ SMOLRUN_INLINE Floats load_scales(const int16_t* block, int64_t head_dim, int64_
     return as_floats(load_words(block + head_dim * kBlockTokens + 2 * token));
 }
 
-// Blocks lie anywhere in memory: while one is used, the next is asked for from the second-level
-// cache, and the one after it from memory. Both K, or both V.
+// Blocks lie anywhere in memory. While K is used, V of the block is asked for from the second-level
+// cache, and K two blocks ahead from memory; while V is used, K of the next block and V two ahead.
 struct Ahead {
-    const int16_t *next, *far;
+    const int16_t *next, *far;  // what comes next, and what comes later
     SMOLRUN_INLINE void ask(int64_t element, int64_t bytes) const {
         prefetch(next + element, bytes);
         prefetch_far(far + element, bytes);
@@ -256,12 +256,12 @@ void attend_block(const AttentionTask& task, const RowTile& tile, int64_t row, i
     const Block block = block_at(task, begin);
     const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
     const Block far = block_at(task, smaller(begin + 2 * kBlockTokens, task.length - 1));
-    const Ahead k{next.k, far.k}, v{next.v, far.v};
-    k.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);  // the scales
-    v.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);
-    score_block<rows>(task, tile, block.k, block.v, k, rows_of_block);
+    const Ahead with_k{block.v, far.k}, with_v{next.k, far.v};
+    with_k.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);  // the scales
+    with_v.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);
+    score_block<rows>(task, tile, block.k, block.v, with_k, rows_of_block);
     for (int i = 0; i < rows; i += kValueRows<rows>) {
-        add_values_of_rows<rows>(task, part_of(tile, i, task.head_dim), block.v, v, i,
+        add_values_of_rows<rows>(task, part_of(tile, i, task.head_dim), block.v, with_v, i,
                                  rows_of_block);
     }
 }

@@ -41,9 +41,6 @@ SMOLRUN_INLINE void each_vector(int64_t size, Work&& work) {
 SMOLRUN_INLINE Floats load_up_to(const float* from, int64_t count) {
     return count == kLanes ? load(from) : load_part(from, count);
 }
-SMOLRUN_INLINE Floats load_f16_up_to(const uint16_t* from, int64_t count) {
-    return count == kLanes ? load_f16(from) : load_f16_part(from, count);
-}
 SMOLRUN_INLINE Words load_words_up_to(const void* from, int64_t count) {
     return count == kLanes ? load_words(from) : load_words_part(from, count);
 }
