@@ -25,6 +25,15 @@ with Model(sys.argv[1], threads=2) as model:
     print(peak * 1024 - kv)
 """
 
+CONVERT = """
+import sys
+from smolrun import convert
+
+convert(sys.argv[1], sys.argv[2], dtype="f16")
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="shadow memory counts too")
@@ -48,3 +57,20 @@ def test_one_copy_of_everything(arguments: list[str], beside: int, tmp_path: Pat
         text=True,
     )
     assert int(done.stdout) - path.stat().st_size < beside
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="shadow memory counts too")
+@pytest.mark.parametrize(("source", "target"), [("m", "m.gguf"), ("m.gguf", "m")])
+def test_converting_holds_a_piece_of_the_weights(source: str, target: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    made = [sys.executable, MAKER, tmp_path / source, "--preset", "SmolLM2-360M", "--layers", "4"]
+    subprocess.run([*made, "--type", "F32"], check=True, env=environment)  # 0.35 GB
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, tmp_path / source, tmp_path / target],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert int(done.stdout) < 200 << 20
