@@ -66,6 +66,18 @@ def works(options: argparse.Namespace) -> list[Work]:
     return found
 
 
+def settings_for(options: argparse.Namespace) -> Settings:
+    """What holds all of `works`, and no more: a prompt may be as long as the model's context."""
+    several = max(options.sequences) > 0
+    return Settings(
+        threads=options.threads,
+        context_size=max(1, *options.prompt, max(options.depth) + options.decode),
+        sequences=max(1, *options.sequences),
+        shared_size=BATCH_DEPTH + BATCH_STEPS if several else 0,
+        activations=options.activations,
+    )
+
+
 def _prefill(peer: Peer, tokens: Sequence[int]) -> float:
     return peer.prefill(tokens)
 
@@ -139,14 +151,7 @@ def compare(
     path: Path, options: argparse.Namespace, meter: CeilingMeter, say: Callable[[str], None]
 ) -> Iterator[str]:
     """The rows of one model; `say` is told what is left out."""
-    asked = works(options)
-    settings = Settings(
-        threads=options.threads,
-        context_size=max(*options.prompt, max(options.depth) + options.decode) + 64,
-        sequences=max(1, *options.sequences),
-        shared_size=BATCH_DEPTH + BATCH_STEPS,
-        activations=options.activations,
-    )
+    asked, settings = works(options), settings_for(options)
     peers = {name: PEERS[name] for name in options.peers}
     ours = SmolrunPeer(path, settings)
     try:

@@ -26,7 +26,7 @@ class OpenVinoPeer:
         self._api: Any = openvino_genai
         scheduling = openvino_genai.SchedulerConfig()
         scheduling.enable_prefix_caching = False
-        scheduling.max_num_batched_tokens = settings.most_tokens
+        scheduling.max_num_batched_tokens = settings.most_tokens + settings.sequences
         scheduling.max_num_seqs = settings.sequences
         self._pipeline = openvino_genai.LLMPipeline(
             str(path),

@@ -85,6 +85,13 @@ def test_what_is_asked_for_is_what_is_run() -> None:
     assert compare.works(options("--prompt", "0", "--decode", "0")) == []
 
 
+def test_a_prompt_may_fill_the_context() -> None:
+    found = compare.settings_for(options("--prompt", "512,8192", "--depth", "0,4096"))
+    assert (found.context_size, found.sequences, found.most_tokens) == (8192, 1, 8192)
+    found = compare.settings_for(options("--depth", "0,4096", "--sequences", "16,64"))
+    assert (found.context_size, found.sequences, found.most_tokens) == (4160, 64, 64 * 160)
+
+
 def test_a_peer_that_is_not_there_is_said_and_left_out() -> None:
     found = {name: FakePeer(name) for name in ("first", "last")}
 
