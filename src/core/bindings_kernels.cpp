@@ -122,6 +122,17 @@ std::vector<BytePiece> quantized_bytes(const Kernels& with, const float* x, int6
     return pieces;
 }
 
+// The same in bfloat16.
+std::vector<uint32_t> rounded_inputs(const Kernels& with, const float* x, int64_t tokens,
+                                     int64_t columns) {
+    const int64_t of_token = (columns + 1) / 2;
+    std::vector<uint32_t> pairs(static_cast<std::size_t>(tokens * of_token));
+    for (int64_t t = 0; t < tokens; ++t) {
+        with.round_to_bfloat16(x + t * columns, columns, pairs.data() + t * of_token);
+    }
+    return pairs;
+}
+
 bool has_fast(const std::string& isa, const std::string& name) {
     return kernels(isa).fast_linear[static_cast<int>(weight_type(name))] != nullptr;
 }
@@ -146,10 +157,14 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
 
     nb::gil_scoped_release unlocked;
     const Matrix weights{type, rows, columns, bytes.data<std::byte>()};
-    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr};
+    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr, nullptr};
     std::vector<BytePiece> pieces;
+    std::vector<uint32_t> pairs;
     std::optional<QuantizedInputs> quantized;
-    if (fast) {
+    if (fast && is_float(type)) {
+        pairs = rounded_inputs(with, activations.values, tokens, columns);
+        activations.pairs = pairs.data();
+    } else if (fast) {
         pieces = quantized_bytes(with, activations.values, tokens, columns);
         activations.bytes = pieces.data();
     } else if (!is_float(type)) {

@@ -43,6 +43,9 @@
 //
 // and then total = fma(minimum, scaled sum, total), or for each half fma(minimum, s * sum, total).
 //
+// Fast products of BF16 weights: of inputs rounded to bfloat16, in pairs, by an instruction that
+// takes subnormal numbers for zero and gives zero for them. Parts are as below.
+//
 // Products of float weights take any number of columns. They are summed in parts of 512, each in
 // the order of its columns, and then the sums of the parts in order.
 //
@@ -99,6 +102,7 @@ struct Activations {
     const WordPiece* words;   // [panels][columns/32][panel]
     const WordScale* scales;  // [panels][columns/32][panel]
     const BytePiece* bytes;   // [tokens][columns/32], for fast products only
+    const uint32_t* pairs;    // [tokens][ceil(columns/2)], likewise: two inputs of bfloat16 each
 };
 
 inline constexpr int64_t kPanelTokens = 24;
@@ -158,7 +162,7 @@ struct Kernels {
                             int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                             std::byte* scratch);
     Linear linear[kWeightTypes];
-    // The fast product. Null for float types, and where it would be no faster.
+    // The fast product. Null for F32 and F16, and where it would be no faster.
     Linear fast_linear[kWeightTypes];
 
     // x[columns] -> words[columns/32], scales[columns/32], each `panel` apart.
@@ -172,6 +176,11 @@ struct Kernels {
 
     // x[columns] -> pieces[columns/32], likewise: scale = max|x| / 127 of each 16.
     void (*quantize_bytes)(const float* x, int64_t columns, BytePiece* pieces);
+
+    // x[columns] -> pairs[ceil(columns/2)]: rounded to nearest even, the first of two in the low
+    // half; zero after an odd number. Subnormal numbers become zero, numbers that are too large
+    // infinity. Null where there is no fast product of BF16 weights.
+    void (*round_to_bfloat16)(const float* x, int64_t columns, uint32_t* pairs);
 
     // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns]. Squares are summed in double: a
     // finite input, however large, does not overflow into zeros.

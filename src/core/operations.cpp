@@ -85,6 +85,10 @@ void prepare_input(const LinkedInput& input, const StepContext& step, int64_t so
     if (input.quantize_bytes) {
         step.kernels.quantize_bytes(values, columns, scratch.bytes + token * (columns / 32));
     }
+    if (input.round) {
+        step.kernels.round_to_bfloat16(values, columns,
+                                       scratch.pairs + token * ceil_div(columns, 2));
+    }
 }
 
 // Prepared inputs from the first token of a panel on.
@@ -96,7 +100,8 @@ Activations view(const LinkedInput& input, const InputScratch& scratch, const fl
             panel,
             scratch.words + token * (columns / 32),
             scratch.scales + token * (columns / 32),
-            scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32)};
+            scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32),
+            scratch.pairs == nullptr ? nullptr : scratch.pairs + token * ceil_div(columns, 2)};
 }
 
 // A phase of products over the prepared inputs of `tokens` tokens:
@@ -122,7 +127,7 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
             multiply);
         return;
     }
-    if (input.norm != nullptr || input.quantize || input.quantize_bytes) {
+    if (input.norm != nullptr || input.quantize || input.quantize_bytes || input.round) {
         const int64_t group = token_chunk(tokens, worker.threads());
         worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
             const int64_t end = std::min(tokens, (chunk + 1) * group);

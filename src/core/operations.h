@@ -49,6 +49,7 @@ struct LinkedInput {
     float epsilon;
     bool quantize;        // some weight that reads it takes codes of 16 bits
     bool quantize_bytes;  // some weight that reads it takes codes of 8 bits
+    bool round;           // some weight that reads it takes bfloat16
 };
 
 struct Embed {
@@ -99,6 +100,7 @@ struct InputScratch {
     WordPiece* words;   // [panels][columns / 32][panel]
     WordScale* scales;  // [panels][columns / 32][panel]
     BytePiece* bytes;   // [tokens][columns / 32]; null where no product is fast
+    uint32_t* pairs;    // [tokens][ceil(columns / 2)]; likewise
 };
 
 // What one thread needs for itself.

@@ -77,7 +77,8 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
         return InputScratch{layout.array<float>(tokens * columns),
                             layout.array<WordPiece>(tokens * (columns / 32 + 1)),
                             layout.array<WordScale>(tokens * (columns / 32 + 1)),
-                            fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr};
+                            fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr,
+                            fast ? layout.array<uint32_t>(tokens * (columns / 2 + 1)) : nullptr};
     };
     for (const auto& [name, width] : spec.buffers) {
         buffers[name] = {layout.array<float>(d.max_step_tokens * width), width};
@@ -347,7 +348,11 @@ class Linker {
         const auto type = static_cast<size_t>(weights.type);
         const bool fast = spec_.activations == "fast" && kernels_.fast_linear[type] != nullptr &&
                           !stays_exact(operation().kind, field_name);
-        (fast ? read_from.quantize_bytes : read_from.quantize) |= !is_float(weights.type);
+        if (!is_float(weights.type)) {
+            (fast ? read_from.quantize_bytes : read_from.quantize) = true;
+        } else {
+            read_from.round |= fast;
+        }
         const bool has_bias =
             !bias_name.empty() && !std::holds_alternative<std::monostate>(value(bias_name));
         const float* const bias = has_bias ? vector(text(bias_name), weights.rows) : nullptr;

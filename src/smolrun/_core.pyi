@@ -135,7 +135,8 @@ class Runner:
     ) -> None:
         """Links the listing of a `Program`; inverse_frequencies [head_dim / 2].
 
-        activations: "exact", or "fast": inputs of most products with quantized weights in 8 bits.
+        activations: "exact", or "fast": inputs of most products with quantized weights in 8 bits,
+        and with BF16 weights in bfloat16 where the instruction set multiplies that.
 
         ValueError naming the operation and the field, buffer or weight that does not fit;
         MemoryError where the system refuses the cache.

@@ -151,15 +151,16 @@ def test_logits(case: Case, record_property: Any) -> None:
 
     with Model(case.path, context_size=1024) as model:
         fast = model.forward(np.array([case.ids]), all_positions=True)[0]
-    if case.name in NMSE_BOUND:
+    if case.name in ("F32", "F16"):
         assert np.array_equal(fast.view(np.uint32), ours.view(np.uint32))
         return
     error, divergence = nmse(fast, reference), mean_divergence(reference, fast)
     figures = f"{case.name} fast: NMSE {error:.2e}, KL {divergence:.2e}"
     record_property("figures_fast", figures)
     print(figures)
-    assert error <= 5e-4
-    assert divergence <= their_divergence / 2
+    assert error <= NMSE_BOUND.get(case.name, 5e-4)
+    # Both round the inputs of BF16 alike, but for the head and V.
+    assert divergence <= their_divergence / (1 if case.name == "BF16" else 2)
 
 
 def test_greedy_continuation(case: Case) -> None:

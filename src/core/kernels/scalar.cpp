@@ -259,6 +259,7 @@ const Kernels kScalarKernels = {
 #undef X
     .quantize = quantize,
     .quantize_bytes = quantize_bytes,
+    .round_to_bfloat16 = nullptr,
     .rms_norm = rms_norm,
     .rope = rope,
     .swiglu = swiglu,

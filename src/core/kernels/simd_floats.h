@@ -70,14 +70,14 @@ void multiply_float_tile(const FloatPart& part) {
     const std::byte* inputs[(tokens + 2) / 3];
     for (int t = 0; t < tokens; t += 3) inputs[t / 3] = part.inputs + t * part.input_bytes;
     const auto multiply = [&]<int i>(int64_t step) SMOLRUN_INLINE_LAMBDA {
-        Floats w[vectors];
+        decltype(Product::template weights<i>(nullptr, 0)) w[vectors];
         for (int v = 0; v < vectors; ++v) {
             w[v] = Product::template weights<i>(weights[v] + step * Product::step_bytes,
                                                 v % kGroupVectors * kLanes);
         }
         for (int t = 0; t < tokens; ++t) {
             const std::byte* const of_token = inputs[t / 3] + t % 3 * part.input_bytes;
-            const Floats x = Product::input(of_token + 4 * (step * parts + i));
+            const auto x = Product::input(of_token + 4 * (step * parts + i));
             for (int v = 0; v < vectors; ++v) totals[t][v] = Product::add(w[v], x, totals[t][v]);
         }
     };
@@ -132,31 +132,31 @@ void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
     }
 }
 
-// Rows from the start of a group on. `inputs`: [tokens][input_bytes].
+// `inputs`: [tokens][stride], of four bytes each.
 template <class Product>
-void multiply_float_rows(const std::byte* weights, int64_t columns, const std::byte* inputs,
-                         int64_t input_bytes, int64_t tokens, int64_t rows, float* out,
-                         int64_t out_stride) {
+void multiply_float_rows(const Matrix& weights, const void* inputs, int64_t stride, int64_t tokens,
+                         int64_t row_begin, int64_t row_end, float* out, int64_t out_stride) {
     // Few tokens: one stream through memory, which the CPU foresees better than several. More of
     // them: a tile's inputs stay in the first-level cache, and the weights of a block in the
     // second.
     const int64_t block_rows = tokens <= kFewFloatTokens ? kGroupRows : 128;
-    const int64_t step_columns = Product::step_columns, step_bytes = Product::step_bytes;
+    constexpr int64_t step_columns = Product::step_columns, step_bytes = Product::step_bytes;
+    const int64_t columns = weights.columns;
     const int64_t group_bytes = (columns + step_columns - 1) / step_columns * step_bytes;
-    for (int64_t row = 0; row < rows; row += block_rows) {
-        const std::byte* const block = weights + row / kGroupRows * group_bytes;
+    for (int64_t row = row_begin; row < row_end; row += block_rows) {
         for (int64_t column = 0; column < columns; column += kFloatPartColumns) {
             const int64_t count = smaller(kFloatPartColumns, columns - column);
-            const FloatPart part{block + column / step_columns * step_bytes,
-                                 group_bytes,
-                                 inputs + column / step_columns * Product::parts * 4,
-                                 input_bytes,
-                                 Product::parts == step_columns ? count : (count + 1) / 2,
-                                 0,
-                                 column == 0,
-                                 out + row,
-                                 out_stride};
-            multiply_float_part<Product>(part, smaller(block_rows, rows - row), tokens);
+            const int64_t step = column / step_columns;
+            FloatPart part{};
+            part.weights = weights.data + row / kGroupRows * group_bytes + step * step_bytes;
+            part.group_bytes = group_bytes;
+            part.inputs = static_cast<const std::byte*>(inputs) + 4 * step * Product::parts;
+            part.input_bytes = 4 * stride;
+            part.input_count = (count * Product::parts + step_columns - 1) / step_columns;
+            part.first = column == 0;
+            part.out = out + row - row_begin;
+            part.out_stride = out_stride;
+            multiply_float_part<Product>(part, smaller(block_rows, row_end - row), tokens);
         }
     }
 }
@@ -165,13 +165,8 @@ template <WeightType type>
 void multiply_floats(const Matrix& weights, const Activations& input, int64_t tokens,
                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                      std::byte*) {
-    using Product = FloatProduct<type>;
-    const int64_t columns = weights.columns,
-                  steps = (columns + Product::step_columns - 1) / Product::step_columns;
-    multiply_float_rows<Product>(
-        weights.data + row_begin / kGroupRows * steps * Product::step_bytes, columns,
-        reinterpret_cast<const std::byte*>(input.values), 4 * columns, tokens, row_end - row_begin,
-        out, out_stride);
+    multiply_float_rows<FloatProduct<type>>(weights, input.values, weights.columns, tokens,
+                                            row_begin, row_end, out, out_stride);
 }
 
 template <WeightType type>

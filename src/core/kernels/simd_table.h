@@ -49,6 +49,7 @@ consteval Kernels table(const char* name) {
 #undef X
         .quantize = quantize,
         .quantize_bytes = quantize_bytes,
+        .round_to_bfloat16 = nullptr,
         .rms_norm = rms_norm,
         .rope = rope,
         .swiglu = swiglu,

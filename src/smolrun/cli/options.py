@@ -109,8 +109,8 @@ def add_activations(parser: Parser) -> None:
     """How inputs of products are rounded."""
     parser.flag(
         "--activations", choices=("fast", "exact"), default="fast",
-        help="inputs of quantized weights mostly in 8 bits, or all in 16: slower, more faithful; "
-        "default: fast",
+        help="inputs of quantized weights mostly in 8 bits, of BF16 in bfloat16; or in 16 bits and "
+        "float32: slower, more faithful; default: fast",
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 32  # tokens in a block of the KV cache
 
-# What the inputs of products with quantized weights are rounded to: 16 bits everywhere, or 8 bits
-# but for the products where that costs most (docs/decisions.md).
+# What the inputs of products are rounded to. With quantized weights: 16 bits everywhere, or 8 bits
+# but for the products where that costs most. With BF16 weights: nothing, or bfloat16 but for the
+# same products, where the instruction set multiplies that (docs/decisions.md).
 Activations = Literal["exact", "fast"]
 DEFAULT_ACTIVATIONS: Activations = "fast"
 
