@@ -64,8 +64,9 @@ def test_one_copy_of_everything(arguments: list[str], beside: int, tmp_path: Pat
 @pytest.mark.parametrize(("source", "target"), [("m", "m.gguf"), ("m.gguf", "m")])
 def test_converting_holds_a_piece_of_the_weights(source: str, target: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    made = [sys.executable, MAKER, tmp_path / source, "--preset", "SmolLM2-360M", "--layers", "4"]
-    subprocess.run([*made, "--type", "F32"], check=True, env=environment)  # 0.35 GB
+    shape = ["--preset", "SmolLM2-360M", "--layers", "4", "--type", "F32"]  # 0.35 GB
+    made = [sys.executable, str(MAKER), str(tmp_path / source), *shape]
+    subprocess.run(made, check=True, env=environment)
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, tmp_path / source, tmp_path / target],
         check=True,

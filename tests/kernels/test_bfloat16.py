@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 def rounded(x: Floats) -> Doubles:
     """The definition: to nearest, ties to even, subnormal numbers to zero."""
-    bits = x.view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    values = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    bits = x.view(np.uint32).astype(np.int64)
+    cut = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    values = cut.astype(np.uint32).view(np.float32).astype(np.float64)
     return np.where(np.abs(x) < 2.0**-126, 0.0, values)
 
 
@@ -62,7 +62,7 @@ def test_inputs_are_rounded_and_weights_are_not() -> None:
     assert_same_bits(
         weights.linear(ISA, one_hot, fast=True), weights.values.T.astype(np.float32).copy()
     )
-    ties = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20])
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20], np.float32)
     diagonal = np.diag(ties)
     ones = Weights(BF16, 4, np.full((1, 4), 0x3F80, dtype="<u2").view(np.uint8))
     found = ones.linear(ISA, diagonal, fast=True)[:, 0]
