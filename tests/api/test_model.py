@@ -449,7 +449,8 @@ def test_a_model_from_a_configuration() -> None:
         weights = values_of(random_weights(config, 4, WeightType.BF16))
         oracle = ReferenceRunner(build(config), weights, rounded_kv=True)
         ids = [[1, 2, 3, 4]]
-        assert nmse(model.forward(ids, all_positions=True), oracle.forward(ids)) < 1e-5
+        # Inputs are rounded to bfloat16 too, where the instruction set multiplies these.
+        assert nmse(model.forward(ids, all_positions=True), oracle.forward(ids)) <= 5e-5
         result = model.generate([1, 2, 3], max_tokens=5, temperature=0, ignore_eos=True)
         assert len(result.token_ids) == 5
         assert result.text == ""
