@@ -53,7 +53,7 @@ def test_llama_cpp_runs_our_gguf(
     ids = golden["medium_ids"].tolist()
     path = tmp_path / "m.gguf"
     convert_files(shared_data / "tiny-smollm3", path, weight_type)
-    with Model(path) as model:
+    with Model(path, activations="exact") as model:
         ours = model.forward([ids], all_positions=True)[0]
     divergence = mean_divergence(ours, llama_cpp_logits(path, ids))
     print(weight_type, divergence)
@@ -65,7 +65,7 @@ def test_llama_cpp_notices_rows_in_the_wrong_order(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = np.load(shared_data / "tiny-smollm3" / "golden.npz")["short_ids"].tolist()
-    with Model(shared_data / "tiny-smollm3") as model:
+    with Model(shared_data / "tiny-smollm3", activations="exact") as model:
         ours = model.forward([ids], all_positions=True)[0]
     monkeypatch.setattr("smolrun.files.convert.is_interleaved", lambda name: False)
     convert_files(shared_data / "tiny-smollm3", tmp_path / "m.gguf")
@@ -78,9 +78,9 @@ def test_transformers_runs_our_folder(shared_data: Path, tmp_path: Path, name: s
     ids = np.load(shared_data / "tiny-smollm3" / "golden.npz")["medium_ids"].tolist()
     convert_files(source, tmp_path / "folder")
     expected = transformers_logits(read_by_transformers(tmp_path / "folder"), ids)[0]
-    with Model(tmp_path / "folder") as model:
+    with Model(tmp_path / "folder", activations="exact") as model:
         folder = model.forward([ids], all_positions=True)[0]
-    with Model(source) as model:
+    with Model(source, activations="exact") as model:
         gguf = model.forward([ids], all_positions=True)[0]
     print(name, nmse(folder, expected), mean_divergence(expected, gguf))
     assert nmse(folder, expected) < (5e-5 if name == "bf16" else 1e-6)
@@ -109,7 +109,7 @@ def test_transformers_finds_every_setting_after_a_trip_through_gguf(
 
 
 def text_ids(path: Path, **options: Any) -> list[list[int]]:
-    with Model(path) as model:
+    with Model(path, activations="exact") as model:
         return [model.tokenizer.encode(text, **options) for text in TEXTS]
 
 
