@@ -21,16 +21,6 @@ from tests.models import save_folder, small_config
 pytestmark = pytest.mark.parity
 
 
-class ImportanceEntry(ctypes.Structure):
-    """llama_model_imatrix_data."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("data", ctypes.POINTER(ctypes.c_float)),
-        ("size", ctypes.c_size_t),
-    ]
-
-
 def llama_cpp_quantize(
     source: Path, target: Path, file_type: int, importance: Mapping[str, Any] | None = None
 ) -> None:
@@ -40,12 +30,12 @@ def llama_cpp_quantize(
     parameters.ftype = file_type
     parameters.allow_requantize = True
     parameters.nthread = 2
-    entries = (ImportanceEntry * (len(importance or {}) + 1))()
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance or {}) + 1))()  # ends with null
     for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
         data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         entry.name, entry.data, entry.size = name.encode(), data, values.size
     if importance:
-        parameters.imatrix = ctypes.cast(entries, ctypes.c_void_p)
+        parameters.imatrix = entries
     status = llama_cpp.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(parameters)
     )
@@ -78,7 +68,7 @@ def shape(layers: int, hidden: int, ffn: int, group: int, tied: bool) -> ModelCo
 SHAPES = [
     (layers, *rest)
     for rest in ((96, 256, 3, True), (256, 512, 1, True), (256, 256, 4, True), (256, 96, 3, False))
-    for layers in (1, 2, 7, 8, 16, 24, 30, 32, 36)
+    for layers in (1, 7, 30, 36)
 ]
 
 
