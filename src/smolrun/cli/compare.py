@@ -11,11 +11,10 @@ that of the arithmetic, against its own exact reading.
 from __future__ import annotations
 
 import argparse
-import json
 
 from smolrun.cli import options
 from smolrun.cli.options import Parser
-from smolrun.cli.terminal import Console, is_terminal
+from smolrun.cli.terminal import Console
 
 EPILOG = """\
 examples:
@@ -40,7 +39,6 @@ def add_arguments(parser: Parser) -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run the verb."""
     from smolrun.measure.comparison import compare
-    from smolrun.measure.tables import markdown, print_parts, rich_console
     from smolrun.measure.text import text_of
 
     text = text_of(arguments.text)
@@ -56,10 +54,5 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         **options.reading_of(arguments),
     )
     console.clear_progress()
-    if arguments.json:
-        console.print(json.dumps(found.as_dict(), ensure_ascii=False, indent=1))
-    elif arguments.markdown or not is_terminal(console.out):
-        console.write(markdown(found.parts()))
-    else:
-        print_parts(found.parts(), rich_console(console.out))
+    options.print_found(found.as_dict(), found.parts(), arguments, console)
     return 0

@@ -7,12 +7,11 @@ should be the best file that there is: F16, BF16 or a folder of safetensors.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from smolrun.cli import options
 from smolrun.cli.options import Parser, UsageError
-from smolrun.cli.terminal import Console, is_terminal
+from smolrun.cli.terminal import Console
 
 EPILOG = """\
 examples:
@@ -49,7 +48,6 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.measure.ceilings import CeilingMeter
     from smolrun.measure.formats import PLAN, measure_formats
     from smolrun.measure.plot import SUFFIXES, save_plot
-    from smolrun.measure.tables import markdown, print_parts, rich_console
     from smolrun.measure.text import text_of
 
     plot: Path | None = arguments.plot
@@ -75,12 +73,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     console.clear_progress()
     if plot is not None:
         save_plot(found, plot)
-    if arguments.json:
-        console.print(json.dumps(found.as_dict(), ensure_ascii=False, indent=1))
-    elif arguments.markdown or not is_terminal(console.out):
-        console.write(markdown(found.parts()))
-    else:
-        print_parts(found.parts(), rich_console(console.out))
+    options.print_found(found.as_dict(), found.parts(), arguments, console)
     return 0
 
 

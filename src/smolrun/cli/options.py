@@ -6,12 +6,15 @@ import argparse
 import datetime
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from smolrun.cli.terminal import Console, is_terminal
 from smolrun.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from smolrun.measure.tables import Table
 
 PREFIX = "SMOLRUN_"
 MAX_TEXT_BYTES = 32 << 20  # of a prompt; a context of 131072 tokens is about 0.6 MB of English
@@ -143,6 +146,25 @@ def add_form(parser: Parser) -> None:
     form.add_argument("--json", action="store_true", help="print everything as one JSON object")
     form.add_argument("--markdown", action="store_true",
                       help="print Markdown, as where stdout is no terminal")  # fmt: skip
+
+
+def print_found(
+    found: Mapping[str, object],
+    parts: Iterable[Table | str],
+    arguments: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Print in the form that `add_form` asks for: `found` as JSON, or the tables of `parts`."""
+    import json
+
+    from smolrun.measure.tables import markdown, print_parts, rich_console
+
+    if arguments.json:
+        console.print(json.dumps(found, ensure_ascii=False, indent=1))
+    elif arguments.markdown or not is_terminal(console.out):
+        console.write(markdown(parts))
+    else:
+        print_parts(parts, rich_console(console.out))
 
 
 def add_sampling(parser: Parser) -> None:

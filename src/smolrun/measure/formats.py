@@ -19,7 +19,6 @@ from smolrun.measure.divergence import Divergence
 from smolrun.measure.tables import Table
 from smolrun.quant.mixes import find_mix
 
-DEFAULT_FORMATS = ("F32", "F16", "Q8_0", "Q4_K_M")
 PLAN = Plan(
     prompt_tokens=(512,),
     decode_tokens=(64,),
