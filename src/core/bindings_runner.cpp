@@ -238,6 +238,16 @@ class PythonRunner {
         return result;
     }
 
+    void collect_squares(bool on) {
+        const Runner::Use use(*runner_);
+        runner_->collect_squares(on);
+    }
+
+    std::vector<std::vector<double>> squares() {
+        const Runner::Use use(*runner_);
+        return runner_->squares();
+    }
+
     int threads() const { return runner_->threads(); }
     std::string isa() const { return runner_->program().kernels().name; }
     int64_t kv_block_bytes() const { return runner_->kv().block_bytes(); }
@@ -307,6 +317,8 @@ void bind_runner(nb::module_& module) {
         .def("set_threads", &PythonRunner::set_threads, nb::arg("threads"))
         .def("set_profiling", &PythonRunner::set_profiling, nb::arg("on"))
         .def("profile", &PythonRunner::profile)
+        .def("collect_squares", &PythonRunner::collect_squares, nb::arg("on"))
+        .def("squares", &PythonRunner::squares)
         .def_prop_ro("threads", &PythonRunner::threads)
         .def_prop_ro("isa", &PythonRunner::isa)
         .def_prop_ro("kv_block_bytes", &PythonRunner::kv_block_bytes)

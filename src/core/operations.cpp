@@ -104,6 +104,21 @@ Activations view(const LinkedInput& input, const InputScratch& scratch, const fl
             scratch.pairs == nullptr ? nullptr : scratch.pairs + token * ceil_div(columns, 2)};
 }
 
+// Columns of inputs whose squares a thread sums at a time.
+constexpr int64_t kSquareColumns = 64;
+
+// Adds the squares of some columns of the inputs of a product.
+void add_squares(const float* values, int64_t tokens, int64_t columns, int64_t begin,
+                 double* squares) {
+    const int64_t end = std::min(columns, begin + kSquareColumns);
+    for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t i = begin; i < end; ++i) {
+            const double value = values[token * columns + i];
+            squares[i] += value * value;
+        }
+    }
+}
+
 // A phase of products over the prepared inputs of `tokens` tokens:
 // work(chunk, inputs(first token)). `source_token(i)` is where token i stands in the input buffer.
 //
@@ -113,7 +128,7 @@ template <class SourceToken, class Work>
 void product_phase(const LinkedInput& input, const StepContext& step, Worker& worker,
                    int64_t tokens, int64_t panel, int64_t chunks, SourceToken&& source_token,
                    Work&& work) {
-    const bool alone = tokens == 1;
+    const bool alone = tokens == 1 && step.squares == nullptr;
     const InputScratch& scratch =
         alone ? step.scratch.threads[static_cast<size_t>(worker.index())].input
               : step.scratch.input;
@@ -134,6 +149,13 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
             for (int64_t token = chunk * group; token < end; ++token) {
                 prepare_input(input, step, source_token(token), token, panel, scratch);
             }
+        });
+    }
+    if (step.squares != nullptr) {
+        const int64_t columns = input.buffer.width;
+        double* const squares = step.squares[input.operation].data();
+        worker.phase(ceil_div(columns, kSquareColumns), [&](int64_t chunk) {
+            add_squares(values, tokens, columns, chunk * kSquareColumns, squares);
         });
     }
     worker.phase(chunks, multiply);

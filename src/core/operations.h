@@ -50,6 +50,7 @@ struct LinkedInput {
     bool quantize;        // some weight that reads it takes codes of 16 bits
     bool quantize_bytes;  // some weight that reads it takes codes of 8 bits
     bool round;           // some weight that reads it takes bfloat16
+    size_t operation;     // its place in the listing
 };
 
 struct Embed {
@@ -145,6 +146,9 @@ struct StepContext {
     const Scratch& scratch;
     const KvPool& kv;
     const StepArrays& arrays;
+    // Where wanted, or null: for each operation [columns], to which the squares of the inputs of its
+    // products are added. One thread adds up a column, in the order of the tokens.
+    std::vector<double>* squares;
 };
 
 void run_operation(const Operation& operation, const StepContext& step, Worker& worker);

@@ -345,6 +345,7 @@ class Linker {
     LinkedMatrix linked(const std::string& field_name, const std::string& bias_name, int64_t rows,
                         int64_t columns, LinkedInput& read_from) const {
         const Matrix& weights = matrix(field_name, rows, columns);
+        read_from.operation = index_;
         const auto type = static_cast<size_t>(weights.type);
         const bool fast = spec_.activations == "fast" && kernels_.fast_linear[type] != nullptr &&
                           !stays_exact(operation().kind, field_name);

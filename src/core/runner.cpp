@@ -168,8 +168,12 @@ void Runner::check_logit_rows(const StepRequest& request) const {
 void Runner::run() {
     const DefaultFloatingPoint floating_point;
     program_.set_positions(arrays_.positions, arrays_.tokens);
-    const StepContext step{program_.dimensions(), program_.kernels(), program_.scratch(), kv_,
-                           arrays_};
+    const StepContext step{program_.dimensions(),
+                           program_.kernels(),
+                           program_.scratch(),
+                           kv_,
+                           arrays_,
+                           squares_.empty() ? nullptr : squares_.data()};
     if (profiling_) {
         run_profiled(step);
         return;
@@ -179,6 +183,20 @@ void Runner::run() {
             run_operation(operation, step, worker);
         }
     });
+}
+
+void Runner::collect_squares(bool on) {
+    squares_.clear();
+    if (!on) return;
+    for (const Operation& operation : program_.operations()) {
+        const int64_t columns = std::visit(
+            [](const auto& op) -> int64_t {
+                if constexpr (requires { op.input.operation; }) return op.input.buffer.width;
+                return 0;
+            },
+            operation);
+        squares_.emplace_back(static_cast<size_t>(columns), 0.0);
+    }
 }
 
 void Runner::run_profiled(const StepContext& step) {

@@ -55,9 +55,13 @@ class Runner {
     void set_threads(int threads);
     // Whether the steps from now on note when each operation was done.
     void set_profiling(bool on) { profiling_ = on; }
+    // Whether the steps from now on add up the squares of the inputs of products, from 0.
+    void collect_squares(bool on);
 
     // Of the last step that was profiled.
     const Profile& profile() const { return profile_; }
+    // [operation][columns of its input], empty for an operation without products.
+    const std::vector<std::vector<double>>& squares() const { return squares_; }
     const Program& program() const { return program_; }
     const KvPool& kv() const { return kv_; }
     int threads() const { return program_.dimensions().threads; }
@@ -76,6 +80,7 @@ class Runner {
     std::atomic<bool> busy_{false};
     bool profiling_ = false;
     Profile profile_;
+    std::vector<std::vector<double>> squares_;
 
     // The prepared step. The arrays are copies: their owner may change them at any time.
     StepArrays arrays_{};

@@ -178,6 +178,12 @@ class Runner:
     def profile(self) -> _Profile:
         """Times of the last step that was profiled; no operations before the first."""
 
+    def collect_squares(self, on: bool) -> None:
+        """Whether steps from now on add up the squares of the inputs of products, from 0."""
+
+    def squares(self) -> list[list[float]]:
+        """The sums so far, [operation][column]; empty for an operation without products."""
+
     @property
     def threads(self) -> int: ...
     @property

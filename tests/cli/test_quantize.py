@@ -53,7 +53,11 @@ def test_default_target_and_dry_run(
     ("arguments", "code", "words"),
     [
         (["{tiny}", "q9"], 2, "there is no type 'q9'"),
-        (["{tiny}"], 2, "TYPE"),
+        (["{tiny}"], 2, "quantize takes SRC [DST] TYPE"),
+        (["{tiny}", "--fit", "lots"], 2, "expected a size such as 80MB"),
+        (["{tiny}", "a.gguf", "q4_0", "--fit", "1MB"], 2, "quantize takes SRC [DST]"),
+        (["{tiny}", "--fit", "1MB", "--strict"], 2, "--fit chooses all types itself"),
+        (["{tiny}", "--fit", "1MB"], 2, "has no tokenizer"),
         (["{tiny}", "q4_0", "--tensor-type", "q8_0"], 2, "expected PATTERN=TYPE"),
         (["{tiny}", "q4_0", "--imatrix", "none.gguf"], 1, "none.gguf"),
         (["{tiny}", "no/such/out.gguf", "q4_0"], 1, "make the folder first"),

@@ -30,18 +30,31 @@ Lanes spread(const HalfScale* scales, int lane) {
     return spread;
 }
 
+constexpr Emphasis emphasis(WeightType type) {
+    switch (type) {
+        case WeightType::Q2_K:
+        case WeightType::Q3_K:
+            return Emphasis::full;
+        case WeightType::IQ4_NL:
+        case WeightType::IQ4_XS:
+            return Emphasis::some;
+        default:
+            return Emphasis::none;
+    }
+}
+
 // Calls work(tile, out of its first block, count) for every tile of the rows.
-template <int kSize, int kParts, class Work>
-void each_tile(const QuantizeRows& rows, WeightType type, Work&& work) {
+template <WeightType kType, int kSize, int kParts, class Work>
+void each_tile(const QuantizeRows& rows, Work&& work) {
     constexpr int64_t kBlocks = kTileLanes / kParts;
     const int64_t row_blocks = rows.columns / (kSize * kParts);
     const int64_t blocks = rows.rows * row_blocks;
     Tile<kSize> tile;
     for (int64_t first = 0; first < blocks; first += kBlocks) {
         const int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
-        load_tile(BlockRange{rows.x, rows.importance, row_blocks, first, count}, kSize * kParts,
-                  tile);
-        work(tile, reinterpret_cast<uint8_t*>(rows.out) + first * layout(type).bytes, count);
+        load_tile<emphasis(kType)>(BlockRange{rows.x, rows.importance, row_blocks, first, count},
+                                   kSize * kParts, tile);
+        work(tile, reinterpret_cast<uint8_t*>(rows.out) + first * layout(kType).bytes, count);
     }
 }
 
@@ -49,51 +62,49 @@ template <WeightType kType, class Pack, class Levels, int kSize, int kParts, int
           int kWindow>
 bool quantize_scaled(const QuantizeRows& rows) {
     bool finite = true;
-    each_tile<kSize, kParts>(
-        rows, kType, [&](const Tile<kSize>& tile, uint8_t* out, int64_t count) {
-            const auto found =
-                ScaledSearch<Levels, kSize, kParts, kLow, kHigh, kWindow>(tile).run();
-            TileCodes<kSize> codes;
-            for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
-                const Lanes steps =
-                    inverse(spread<kParts>(found.d, lane) * load_lanes(found.scales + lane));
-                for (int i = 0; i < kSize; ++i) {
-                    codes.put(i, lane, Levels::code(load_lanes(tile.x[i] + lane) * steps));
-                }
+    each_tile<kType, kSize, kParts>(rows, [&](const Tile<kSize>& tile, uint8_t* out,
+                                              int64_t count) {
+        const auto found = ScaledSearch<Levels, kSize, kParts, kLow, kHigh, kWindow>(tile).run();
+        TileCodes<kSize> codes;
+        for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
+            const Lanes steps =
+                inverse(spread<kParts>(found.d, lane) * load_lanes(found.scales + lane));
+            for (int i = 0; i < kSize; ++i) {
+                codes.put(i, lane, Levels::code(load_lanes(tile.x[i] + lane) * steps));
             }
-            for (int64_t block = 0; block < count; ++block) {
-                finite &= found.error[block] < HUGE_VAL;
-                Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
-                          found.d[block].bits, out + block * layout(kType).bytes);
-            }
-        });
+        }
+        for (int64_t block = 0; block < count; ++block) {
+            finite &= found.error[block] < HUGE_VAL;
+            Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
+                      found.d[block].bits, out + block * layout(kType).bytes);
+        }
+    });
     return finite;
 }
 
 template <WeightType kType, class Pack, int kSize, int kTop, int kParts, int kMost, int kWindow>
 bool quantize_affine(const QuantizeRows& rows) {
     bool finite = true;
-    each_tile<kSize, kParts>(
-        rows, kType, [&](const Tile<kSize>& tile, uint8_t* out, int64_t count) {
-            const auto found = AffineSearch<kSize, kTop, kParts, kMost, kWindow>(tile).run();
-            TileCodes<kSize> codes;
-            for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
-                const Lanes scale = spread<kParts>(found.d, lane) * load_lanes(found.scales + lane);
-                const Lanes offset =
-                    -(spread<kParts>(found.m, lane) * load_lanes(found.minimums + lane));
-                for (int i = 0; i < kSize; ++i) {
-                    codes.put(
-                        i, lane,
-                        affine_code<kTop>(load_lanes(tile.x[i] + lane), offset, inverse(scale)));
-                }
+    each_tile<kType, kSize, kParts>(rows, [&](const Tile<kSize>& tile, uint8_t* out,
+                                              int64_t count) {
+        const auto found = AffineSearch<kSize, kTop, kParts, kMost, kWindow>(tile).run();
+        TileCodes<kSize> codes;
+        for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
+            const Lanes scale = spread<kParts>(found.d, lane) * load_lanes(found.scales + lane);
+            const Lanes offset =
+                -(spread<kParts>(found.m, lane) * load_lanes(found.minimums + lane));
+            for (int i = 0; i < kSize; ++i) {
+                codes.put(i, lane,
+                          affine_code<kTop>(load_lanes(tile.x[i] + lane), offset, inverse(scale)));
             }
-            for (int64_t block = 0; block < count; ++block) {
-                finite &= found.error[block] < HUGE_VAL;
-                Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
-                          found.minimums + block * kParts, found.d[block].bits, found.m[block].bits,
-                          out + block * layout(kType).bytes);
-            }
-        });
+        }
+        for (int64_t block = 0; block < count; ++block) {
+            finite &= found.error[block] < HUGE_VAL;
+            Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
+                      found.minimums + block * kParts, found.d[block].bits, found.m[block].bits,
+                      out + block * layout(kType).bytes);
+        }
+    });
     return finite;
 }
 
@@ -101,7 +112,7 @@ bool quantize_affine(const QuantizeRows& rows) {
 template <WeightType kType, class Pack, int kTop>
 bool quantize_lines(const QuantizeRows& rows) {
     bool finite = true;
-    each_tile<32, 1>(rows, kType, [&](const Tile<32>& tile, uint8_t* out, int64_t count) {
+    each_tile<kType, 32, 1>(rows, [&](const Tile<32>& tile, uint8_t* out, int64_t count) {
         HalfScale d[kTileLanes], m[kTileLanes];
         TileCodes<32> codes;
         for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {

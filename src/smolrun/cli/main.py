@@ -30,6 +30,7 @@ VERBS = {
     "formats": "make the formats of a model, and measure size, speed and quality",
     "convert": "safetensors to GGUF, and GGUF to safetensors",
     "quantize": "make a GGUF file of smaller weights",
+    "imatrix": "measure which weights matter, for quantize",
     "pull": "download models",
     "list": "models on this machine",
     "rm": "delete downloaded models",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolrun.cli import options
-from smolrun.cli.options import Parser
+from smolrun.cli.options import Parser, UsageError
 from smolrun.cli.terminal import Console, human_bytes
 
 if TYPE_CHECKING:
     from smolrun.api.quantization import Quantized
+    from smolrun.measure.fit import Size
 
 EPILOG = """\
 TYPE is one of llama.cpp's: q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, iq4_nl, iq4_xs,
@@ -24,15 +26,24 @@ examples:
   smolrun quantize smollm2-135m.f16.gguf q4_k_m
   smolrun quantize ./my-finetune my-finetune.gguf q5_k_m --imatrix my-finetune.imatrix.gguf
   smolrun quantize smollm3.gguf q4_k_m --tensor-type 'ffn_down=q6_k' --dry-run
+  smolrun quantize smollm2-135m.f16.gguf --fit 80MB
 """
 
 
 def add_arguments(parser: Parser) -> None:
     """Flags of `smolrun quantize`."""
-    parser.add_argument("model", metavar="SRC", help="a path, an alias or user/repo[:quant]")
-    parser.add_argument("target", metavar="DST", nargs="?",
-                        help="a .gguf file; default: NAME.TYPE.gguf here")  # fmt: skip
-    parser.add_argument("type", metavar="TYPE", help="any case; see below")
+    parser.add_argument(
+        "words", metavar="SRC [DST] TYPE", nargs="+",
+        help="a path, an alias or user/repo[:quant]; a .gguf file (default NAME.TYPE.gguf here); "
+        "a type in any case, see below, but not beside --fit",
+    )  # fmt: skip
+    parser.flag(
+        "--fit", type=_size, metavar="SIZE",
+        help="choose each weight's type so that the file has at most SIZE (80MB, 1.9GB, 4.5bpw: "
+        "bits per weight) and loses least on a text, which takes minutes",
+    )  # fmt: skip
+    parser.flag("--text", type=Path, metavar="FILE",
+                help="what --fit measures with; default: 3200 words of English")  # fmt: skip
     parser.flag(
         "--tensor-type", type=_tensor_type, action="append", default=[], metavar="PATTERN=TYPE",
         help="of the weights in whose GGUF names the regular expression is found; may be repeated",
@@ -49,6 +60,15 @@ def add_arguments(parser: Parser) -> None:
     options.add_output(parser)
 
 
+def _size(text: str) -> Size:
+    from smolrun.measure.fit import Size
+
+    try:
+        return Size.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _tensor_type(text: str) -> tuple[str, str]:
     pattern, equals, weight_type = text.rpartition("=")
     if not pattern or not weight_type:
@@ -58,13 +78,35 @@ def _tensor_type(text: str) -> tuple[str, str]:
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run the verb."""
+    words = list(arguments.words)
+    kind = None if arguments.fit else words.pop()
+    if not 1 <= len(words) <= 2:
+        shape = "SRC [DST]" if arguments.fit else "SRC [DST] TYPE"
+        raise UsageError(f"quantize takes {shape}, found {' '.join(arguments.words)}")
+    path = options.resolved(words[0], arguments, console)
+    target = words[1] if len(words) > 1 else None
+    if kind is None:
+        made = _to_fit(path, target, arguments, console)
+    else:
+        made = _as(path, target, kind, arguments, console)
+    for line in described(made):
+        console.note(line)
+    if arguments.json:
+        console.print(json.dumps({**asdict(made), "path": str(made.path)}, indent=2))
+    else:
+        console.print(str(made.path))
+    return 0
+
+
+def _as(
+    path: Path, target: str | None, kind: str, arguments: argparse.Namespace, console: Console
+) -> Quantized:
     from smolrun.api.quantization import quantize
 
-    path = options.resolved(arguments.model, arguments, console)
-    made = quantize(
+    return quantize(
         path,
-        arguments.target,
-        arguments.type,
+        target,
+        kind,
         tensor_types=dict(arguments.tensor_type),
         imatrix=arguments.imatrix,
         strict=arguments.strict,
@@ -73,13 +115,32 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         threads=arguments.threads,
         progress=lambda done, total: console.writing("weights", done, total),
     )
-    for line in described(made):
-        console.note(line)
-    if arguments.json:
-        console.print(json.dumps({**asdict(made), "path": str(made.path)}, indent=2))
-    else:
-        console.print(str(made.path))
-    return 0
+
+
+def _to_fit(
+    path: Path, target: str | None, arguments: argparse.Namespace, console: Console
+) -> Quantized:
+    from smolrun.files.imatrix import read_imatrix
+    from smolrun.measure.fit import quantize_to_fit
+    from smolrun.measure.text import text_of
+
+    if arguments.tensor_type or arguments.strict:
+        raise UsageError("--fit chooses all types itself; leave --tensor-type and --strict away")
+    made, fit = quantize_to_fit(
+        path,
+        target,
+        arguments.fit,
+        text_of(arguments.text),
+        arguments.text.name if arguments.text else "smolrun's sample of English",
+        importance=read_imatrix(arguments.imatrix) if arguments.imatrix else None,
+        overwrite=arguments.force,
+        dry_run=arguments.dry_run,
+        threads=arguments.threads,
+        measuring=lambda done, total: console.working("sensitivities", done, total),
+        progress=lambda done, total: console.writing("weights", done, total),
+    )
+    console.note(f"predicted KL divergence {fit.predicted_kl:.2e}")
+    return made
 
 
 def described(made: Quantized) -> list[str]:

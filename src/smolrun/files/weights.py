@@ -112,6 +112,11 @@ class WeightLoading:
             helper.join()
 
 
+def weight_of(tensor: Tensor) -> Weight:
+    """One matrix that lies in no file, packed on this thread."""
+    return Weight(*_source(tensor, None, consumed=False))
+
+
 def _source(
     tensor: Tensor, file: MappedFile | None, consumed: bool
 ) -> tuple[str, int, int, npt.NDArray[np.uint8], int, bool, bool]:

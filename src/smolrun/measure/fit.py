@@ -1,0 +1,330 @@
+"""The types that fit a model into a size at the least loss, measured.
+
+What a weight loses in a type is taken to be
+
+    sensitivity of its group x importance-weighted squared error of the weight in the type
+
+summed over weights: to second order the divergence is quadratic in the errors, and those of
+different weights have nothing to do with each other. The errors are those of the very bytes that
+would be written; a group's sensitivity is the KL divergence of the model with only that group
+quantized, measured on a text, over the group's error. An exact knapsack then chooses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from smolrun.engine.machine import choose_threads
+from smolrun.engine.native import BLOCK_TOKENS, build_runner
+from smolrun.errors import OutputError, RequestError
+from smolrun.files.checkpoint import Checkpoint, open_checkpoint
+from smolrun.files.convert import Progress
+from smolrun.files.gguf import DEFAULT_ALIGNMENT, padded
+from smolrun.files.gguf_names import gguf_name
+from smolrun.files.imatrix import ImportanceMatrix
+from smolrun.files.quantize import Quantized, quantize_files
+from smolrun.files.weights import NativeWeights, WeightLoading, weight_of
+from smolrun.measure.divergence import kl_divergence
+from smolrun.measure.importance import multiplied
+from smolrun.model.llama import build
+from smolrun.model.program import Program
+from smolrun.quant.blocks import dequantize
+from smolrun.quant.knapsack import cheapest
+from smolrun.quant.mixes import MIXES, Mix, fitting
+from smolrun.quant.native import quantize
+from smolrun.quant.tensor import Tensor
+from smolrun.quant.types import WeightType
+from smolrun.text.tokenizer import Tokenizer
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+TOKENS = 512  # of the text that is read, from an empty cache
+_ROWS = 128  # tokens of a step
+
+# What a weight may become, where its blocks fill the rows.
+_CHOICES = [
+    WeightType(name)
+    for name in (
+        "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0",
+        "BF16",
+    )
+]  # fmt: skip
+# What sensitivities are measured with: a loss that is well above rounding and still small.
+_PROBE = WeightType.Q4_K
+_PARTS = 6  # layers are measured in so many parts
+_LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)\.weight")
+
+
+# Room for what the metadata says of a quantization.
+_METADATA_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a file may be: one of the two."""
+
+    nbytes: int = 0  # of the file
+    bits_per_weight: float | None = None  # of all weights, scales and vectors included
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Of "80MB", "1.9 GB", "4.5bpw" or a number of bytes; ValueError for anything else."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
+        if found is not None and found[2] == "bpw":
+            return cls(bits_per_weight=float(found[1]))
+        if found is None or found[2] not in _UNITS:
+            raise ValueError(f"expected a size such as 80MB, 1.9GB or 4.5bpw, found {text!r}")
+        return cls(int(float(found[1]) * _UNITS[found[2]]))
+
+
+_UNITS = {
+    "": 1, "b": 1, "bytes": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20,
+    "gib": 2**30,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Types for all matrices of a model."""
+
+    types: dict[str, WeightType]  # by GGUF name
+    predicted_kl: float  # on the text, if losses add up as assumed
+    importance: ImportanceMatrix  # of the text
+
+
+def fit_types(
+    checkpoint: Checkpoint,
+    text: Sequence[int],
+    room: int,
+    *,
+    threads: int,
+    importance: ImportanceMatrix | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fit:
+    """Choose the type of every matrix.
+
+    Args:
+        checkpoint: the model, better one that is not quantized.
+        text: tokens that it is measured on; the first 512 count.
+        room: bytes that tensors may take in the file, vectors included.
+        threads: to compute with.
+        importance: of columns; None: measured on the text.
+        progress: told the models measured and all.
+
+    Raises:
+        RequestError: the model does not fit, whatever the types; or the text is too short.
+    """
+    program = build(checkpoint.config)
+    tokens = np.array(text[:TOKENS], np.int32)
+    if len(tokens) < BLOCK_TOKENS:
+        raise RequestError(f"the text has {len(tokens)} tokens; take one of {TOKENS} or more")
+    matrices = {
+        name: checkpoint.tensors[name] for name, shape in program.weights.items() if shape[1:]
+    }
+    vectors = [shape for shape in program.weights.values() if not shape[1:]]
+    room -= sum(padded(4 * shape[0], DEFAULT_ALIGNMENT) for shape in vectors)
+    choices = {
+        name: [t for t in _CHOICES if tensor.columns % t.block_weights == 0] or [WeightType.BF16]
+        for name, tensor in matrices.items()
+    }
+    sizes = {
+        name: [
+            padded(tensor.rows * t.row_bytes(tensor.columns), DEFAULT_ALIGNMENT)
+            for t in choices[name]
+        ]
+        for name, tensor in matrices.items()
+    }
+    smallest = sum(map(min, sizes.values()))
+    if smallest > room:
+        raise RequestError(
+            f"the model does not fit: its matrices take {smallest} bytes at least, and "
+            f"{max(room, 0)} are left for them"
+        )
+    with WeightLoading.from_file(checkpoint, program, threads) as loading:
+        weights = loading.finish()
+    reader = _Reader(program, threads)
+    base, squares = reader.read(weights, tokens)
+    matrix = importance or ImportanceMatrix(squares, dict.fromkeys(squares, len(tokens)))
+    groups = _groups(list(matrices))
+    with ThreadPoolExecutor(threads) as pool:
+        sensitivity = {}
+        for done, group in enumerate(groups):
+            if progress is not None:
+                progress(done, len(groups) + 1)
+            changed, error = _probed([matrices[name] for name in group], matrix, pool)
+            logits, _ = reader.read({**weights, **changed}, tokens)
+            kl = float(kl_divergence(base, logits).mean())
+            sensitivity.update(dict.fromkeys(group, max(kl, 0.0) / error if error else 0.0))
+        del weights
+        if progress is not None:
+            progress(len(groups), len(groups) + 1)
+        costs = {
+            name: list(
+                pool.map(
+                    lambda kind, tensor=tensor, name=name: (
+                        sensitivity[name]
+                        * _error(tensor, kind, matrix.importance(gguf_name(name)))[1]
+                    ),
+                    choices[name],
+                )
+            )
+            for name, tensor in matrices.items()
+        }
+    options = [list(zip(sizes[name], costs[name], strict=True)) for name in matrices]
+    found = cheapest(options, room)
+    assert found is not None, "the smallest types fit"
+    return Fit(
+        {gguf_name(name): choices[name][i] for name, i in zip(matrices, found, strict=True)},
+        sum(costs[name][i] for name, i in zip(matrices, found, strict=True)),
+        matrix,
+    )
+
+
+def _groups(names: Sequence[str]) -> list[list[str]]:
+    """Matrices that share a sensitivity: of one kind, in neighbouring layers."""
+    layers = 1 + max((int(m[1]) for m in map(_LAYER.fullmatch, names) if m), default=0)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        found = _LAYER.fullmatch(name)
+        key = (found[2], int(found[1]) * _PARTS // layers) if found else (name, 0)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+class _Reader:
+    """Reads the same tokens with other weights again and again."""
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self._program, self._threads = program, threads
+
+    def read(self, weights: NativeWeights, tokens: Ints) -> tuple[Floats, Mapping[str, Floats]]:
+        """Logits (n, vocab_size), and for each matrix the squares of its inputs, (columns,)."""
+        blocks = -(-len(tokens) // BLOCK_TOKENS)
+        runner = build_runner(
+            self._program, weights, kv_blocks=blocks, threads=self._threads, max_step_tokens=_ROWS
+        )
+        runner.collect_squares(True)
+        table = np.arange(blocks, dtype=np.int32)[None]
+        logits = np.empty((len(tokens), self._program.config.vocab_size), np.float32)
+        for begin in range(0, len(tokens), _ROWS):
+            places = np.arange(begin, min(begin + _ROWS, len(tokens)), dtype=np.int32)
+            runner.step(
+                tokens[places], places, np.zeros_like(places), table, places - np.int32(begin),
+                logits[places[0] : places[-1] + 1],
+            )  # fmt: skip
+        squares = runner.squares()
+        return logits, {
+            gguf_name(name): np.array(squares[index], np.float32)
+            for index, name in multiplied(self._program)
+        }
+
+
+def _probed(
+    tensors: Sequence[Tensor], matrix: ImportanceMatrix, pool: ThreadPoolExecutor
+) -> tuple[NativeWeights, float]:
+    """A group quantized, and the error that this makes."""
+
+    def one(tensor: Tensor) -> tuple[Tensor, float]:
+        kind = fitting(_PROBE, tensor.columns)
+        return _error(tensor, kind, matrix.importance(gguf_name(tensor.name)))
+
+    made = list(pool.map(one, tensors))
+    changed: NativeWeights = {tensor.name: weight_of(tensor) for tensor, _ in made}
+    return changed, sum(error for _, error in made)
+
+
+def _error(
+    tensor: Tensor, weight_type: WeightType, importance: Floats | None
+) -> tuple[Tensor, float]:
+    """A matrix in another type, and its squared error, weighted by the importance of columns."""
+    pieces, error = [], 0.0
+    for rows in _row_pieces(tensor):
+        made = quantize(rows, tensor.type, tensor.columns, weight_type, importance)
+        difference = dequantize(made, weight_type, tensor.columns)
+        difference -= dequantize(rows, tensor.type, tensor.columns)
+        by_column = np.einsum("ij,ij->j", difference, difference).astype(np.float64)
+        error += float((by_column if importance is None else by_column * importance).sum())
+        pieces.append(made.reshape(-1))
+    return replace(tensor, type=weight_type, data=np.concatenate(pieces)), error
+
+
+def _row_pieces(tensor: Tensor) -> Iterator[npt.NDArray[np.uint8]]:
+    data = tensor.data.reshape(tensor.rows, -1)
+    step = max(1, (1 << 19) // tensor.columns)
+    for begin in range(0, tensor.rows, step):
+        yield data[begin : begin + step]
+
+
+def quantize_to_fit(
+    source: str | Path,
+    target: str | Path | None,
+    size: Size,
+    text: str,
+    text_name: str,
+    *,
+    importance: ImportanceMatrix | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    measuring: Progress | None = None,
+    progress: Progress | None = None,
+) -> tuple[Quantized, Fit]:
+    """Write a model as a GGUF file of at most a size, at the least loss on a text.
+
+    Args:
+        source, target, overwrite, dry_run, progress: as for `quantize_files`.
+        size: of the file.
+        text: what the loss is measured on; about 400 words count.
+        text_name: what the file says of it.
+        importance: of columns; None: measured on the text.
+        threads: default: as many as the CPUs, their cores and the cgroup allow.
+        measuring: told how many models have been measured, and of how many.
+
+    Raises:
+        As `quantize_files`; RequestError where nothing fits, or the model has no tokenizer.
+    """
+    workers = choose_threads(threads=threads).value
+    whole = quantize_files(source, target, MIXES["F16"], overwrite=overwrite, dry_run=True)
+    if not dry_run and whole.path.exists() and not overwrite and target is not None:
+        raise OutputError(f"{target}: is there already; --force replaces it")
+    if size.bits_per_weight is not None:
+        room = int(size.bits_per_weight * whole.weights / 8)
+    else:
+        header = whole.nbytes - int(whole.bits_per_weight * whole.weights / 8)
+        room = size.nbytes - header - _METADATA_BYTES
+    checkpoint = open_checkpoint(source)
+    try:
+        if checkpoint.tokenizer is None:
+            raise RequestError(f"{checkpoint.path}: has no tokenizer, so it can not read a text")
+        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
+        tokens = tokenizer.encode(text, parse_special=False)
+        fit = fit_types(
+            checkpoint, tokens, room, threads=workers, importance=importance, progress=measuring
+        )
+    finally:
+        checkpoint.close()
+    weights: Counter[WeightType] = Counter(fit.types.values())
+    base = weights.most_common(1)[0][0]
+    near = next(mix for mix in MIXES.values() if mix.base is base)
+    made = quantize_files(
+        source,
+        target,
+        Mix("FIT", base, near.file_type),
+        overrides=[(f"^{re.escape(name)}$", kind) for name, kind in fit.types.items()],
+        importance=replace(fit.importance, datasets=fit.importance.datasets or (text_name,)),
+        importance_name="measured by smolrun quantize --fit" if importance is None else "",
+        overwrite=overwrite,
+        dry_run=dry_run,
+        threads=workers,
+        progress=progress,
+    )
+    return made, fit
