@@ -146,8 +146,8 @@ struct StepContext {
     const Scratch& scratch;
     const KvPool& kv;
     const StepArrays& arrays;
-    // Where wanted, or null: for each operation [columns], to which the squares of the inputs of its
-    // products are added. One thread adds up a column, in the order of the tokens.
+    // Where wanted, or null: for each operation [columns], to which the squares of the inputs of
+    // its products are added. One thread adds up a column, in the order of the tokens.
     std::vector<double>* squares;
 };
 

@@ -138,15 +138,16 @@ void load_tile(const BlockRange& from, int64_t block_size, Tile<kSize>& tile) {
             for (int i = 0; i < kSize; ++i) tile.w[i][lane] = w[i];
             continue;
         }
-        for (int i = 0; i < kSize; ++i) tile.w[i][lane] = 1;
-        if constexpr (kEmphasis != Emphasis::none) {
+        if constexpr (kEmphasis == Emphasis::none) {
+            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = 1;
+        } else {
             float base = 0.03f;  // of the unit, so that the smallest are not without importance
             if constexpr (kEmphasis == Emphasis::some) {
                 float squares = 0;
                 for (int i = 0; i < kSize; ++i) squares += tile.x[i][lane] * tile.x[i][lane];
                 base += std::sqrt(squares / kSize);
             }
-            for (int i = 0; i < kSize; ++i) tile.w[i][lane] *= base + std::fabs(tile.x[i][lane]);
+            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = base + std::fabs(tile.x[i][lane]);
         }
     }
 }
