@@ -167,6 +167,31 @@ def test_logprobs_cover_every_token(tokenizer: Tokenizer) -> None:
     assert run(tokenizer, ids)[1].logprobs is None
 
 
+def test_logprobs_come_with_the_text_of_their_tokens(tokenizer: Tokenizer) -> None:
+    opened, closed = tokenizer.id_of("<think>"), tokenizer.id_of("</think>")
+    assert opened is not None
+    assert closed is not None
+    pieces: list[str | bytes | int] = [
+        opened,
+        "\n",
+        "ab",
+        "中\n",
+        closed,
+        "\n",
+        "\n",
+        "so\n",
+        "STOP",
+    ]
+    events, result, _ = run(tokenizer, ids_of(tokenizer, pieces), chat=True, logprobs=True)
+    told: dict[type, bytes] = {ReasoningEvent: b"", TextEvent: b""}
+    for event in events:
+        if isinstance(event, (ReasoningEvent, TextEvent)):
+            assert event.logprobs
+            told[type(event)] += b"".join(token.bytes for token in event.logprobs)
+    assert told == {ReasoningEvent: "ab中".encode(), TextEvent: result.text.encode()}
+    assert not any(getattr(event, "logprobs", ()) for event in run(tokenizer, [5, 6])[0])
+
+
 def test_without_a_tokenizer() -> None:
     answer = Answer(None, [1], SamplingParameters(), chat=False)
     assert answer.push(SampledToken(5)) == ([], False)

@@ -73,6 +73,7 @@ class ReasoningEvent:
     """More of the reasoning."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that it is made of, if asked for
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class TextEvent:
     """More of the answer."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that it is made of, if asked for
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Answer:
         self._reasoning: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = [] if parameters.logprobs else None
+        self._untold: list[TokenLogprob] = []  # of tokens whose text is in no event yet
 
     def progress(self, done: int, total: int) -> list[Event]:
         """See `Output`."""
@@ -134,9 +137,14 @@ class Answer:
         self._ids.append(token.id)
         if self._logprobs is not None:
             self._logprobs.append(self._logprob(token))
+            self._untold.append(self._logprobs[-1])
         reasoning = text = ""
         if self._parser is not None:
+            reasoned, at_edge = self._parser.in_reasoning, self._parser.at_edge
             reasoning, text = self._parser.push(token.id)
+            if reasoned != self._parser.in_reasoning or (at_edge and self._parser.at_edge):
+                # A tag, or line breaks beside one, which are part of neither text.
+                self._untold = self._untold[-1:] if reasoning or text else []
         elif self._decoder is not None:
             text = self._decoder.push(token.id)
         text, stopped = self._stop.push(text)
@@ -177,11 +185,15 @@ class Answer:
         events: list[Event] = []
         if reasoning:
             self._reasoning.append(reasoning)
-            events.append(ReasoningEvent(reasoning))
+            events.append(ReasoningEvent(reasoning, self._told()))
         if text:
             self._text.append(text)
-            events.append(TextEvent(text))
+            events.append(TextEvent(text, self._told()))
         return events
+
+    def _told(self) -> tuple[TokenLogprob, ...]:
+        untold, self._untold = tuple(self._untold), []
+        return untold
 
     def _logprob(self, token: SampledToken) -> TokenLogprob:
         assert token.logprob is not None

@@ -54,6 +54,11 @@ class ReasoningParser:
         """Whether the next token belongs to the reasoning, as far as is known."""
         return self._state == "reasoning"
 
+    @property
+    def at_edge(self) -> bool:
+        """Whether line breaks that come now are dropped, as nothing followed a tag yet."""
+        return self._at_edge
+
     def push(self, token_id: int) -> Piece:
         """Takes the next token."""
         before = self._state
