@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         TextEvent,
         Timings,
         TokenLogprob,
+        ToolCall,
+        ToolCallEvent,
         Usage,
     )
     from smolrun.api.conversion import Converted, convert
@@ -68,6 +70,8 @@ __all__ = [
     "TextEvent",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallEvent",
     "UnsupportedError",
     "Usage",
     "__version__",

@@ -1,7 +1,8 @@
 """What a user imports to talk to models; `conversion` and `quantization` are beside it."""
 
-from smolrun.api.model import DEFAULT_MODEL, Messages, Model
-from smolrun.api.stream import SamplingArguments, Stream
+from smolrun.api.model import DEFAULT_MODEL, Model
+from smolrun.api.request import ChatArguments, Messages, SamplingArguments, TextArguments
+from smolrun.api.stream import Stream
 from smolrun.engine.answer import (
     EndEvent,
     Event,
@@ -10,14 +11,17 @@ from smolrun.engine.answer import (
     Result,
     TextEvent,
     TokenLogprob,
+    ToolCallEvent,
     Usage,
 )
 from smolrun.engine.likelihood import ChoiceScore, Perplexity
 from smolrun.engine.sequence import Timings
 from smolrun.model.config import ModelConfig
+from smolrun.text.tools import ToolCall
 
 __all__ = [
     "DEFAULT_MODEL",
+    "ChatArguments",
     "ChoiceScore",
     "EndEvent",
     "Event",
@@ -30,8 +34,11 @@ __all__ = [
     "Result",
     "SamplingArguments",
     "Stream",
+    "TextArguments",
     "TextEvent",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallEvent",
     "Usage",
 ]

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from smolrun.api.stream import SamplingArguments, Stream
-from smolrun.engine.answer import Answer, Result
+from smolrun.api.request import (
+    ChatArguments,
+    Messages,
+    PreparedRequest,
+    TextArguments,
+    as_messages,
+    prepare_chat,
+    prepare_text,
+    template_of,
+    tokenizer_of,
+)
+from smolrun.api.stream import Stream
+from smolrun.engine.answer import Result
 from smolrun.engine.forward import Forward
 from smolrun.engine.likelihood import (
     WINDOW_TOKENS,
@@ -24,8 +35,8 @@ from smolrun.engine.likelihood import (
 )
 from smolrun.engine.load import MAX_SEQUENCES, LoadedModel, load_config, load_model
 from smolrun.engine.native import DEFAULT_ACTIVATIONS
-from smolrun.engine.sampling import SamplingParameters, sampling_parameters
-from smolrun.errors import RequestError, TemplateError
+from smolrun.engine.sampling import SamplingParameters
+from smolrun.errors import RequestError
 from smolrun.model.config import ModelConfig
 from smolrun.model.random import random_weights, zero_weights
 from smolrun.quant.types import WeightType
@@ -42,7 +53,6 @@ if TYPE_CHECKING:
     from smolrun.text.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m"
-Messages = str | Sequence[Mapping[str, Any]]
 
 
 class Model:
@@ -195,18 +205,12 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """RequestError for a model that has none."""
-        if self.loaded.tokenizer is None:
-            raise RequestError(f"{self.name}: this model has no tokenizer; pass token ids")
-        return self.loaded.tokenizer
+        return tokenizer_of(self.loaded)
 
     @property
     def template(self) -> ChatTemplate:
         """TemplateError for a model that has none."""
-        if self.loaded.template is None:
-            raise TemplateError(
-                f"{self.name}: this model has no chat template; use generate() with plain text"
-            )
-        return self.loaded.template
+        return template_of(self.loaded)
 
     @property
     def default_sampling(self) -> SamplingParameters:
@@ -265,7 +269,7 @@ class Model:
     ) -> str:
         """The text that the model is given for a conversation; arguments as of `chat`."""
         return self.template.render(
-            _as_messages(messages),
+            as_messages(messages),
             tools=tools,
             enable_thinking=think,
             date=date,
@@ -274,24 +278,24 @@ class Model:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
-        self, prompt: str | Sequence[int], **sampling: Unpack[SamplingArguments]
+        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
     ) -> Result: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **sampling: Unpack[SamplingArguments]
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **arguments: Unpack[TextArguments]
     ) -> list[Result]: ...
 
     def generate(
         self,
         prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
-        **sampling: Unpack[SamplingArguments],
+        **arguments: Unpack[TextArguments],
     ) -> Result | list[Result]:
         """Continue plain text, or token ids, without a chat template.
 
         Args:
             prompt: a text or a list of token ids; or a list of these, which run side by side.
-            sampling: see `SamplingArguments`.
+            arguments: see `TextArguments`.
 
         Raises:
             RequestError: an argument is wrong; the message begins with its name.
@@ -301,62 +305,39 @@ class Model:
         items: list[Any] = list(prompt) if _is_list(prompt) else []
         if not items or not (isinstance(items[0], str) or _is_list(items[0])):
             ids = self._prompt_ids(items or prompt)
-            return self._submit(ids, sampling, chat=False).result()
+            return self._submit(prepare_text(self.loaded, ids, arguments)).result()
         prompts = [self._prompt_ids(item) for item in items]
+        prepared = [prepare_text(self.loaded, ids, arguments) for ids in prompts]
         with contextlib.ExitStack() as streams:  # an error of one cancels the others
-            started = [
-                streams.enter_context(self._submit(ids, sampling, chat=False)) for ids in prompts
-            ]
+            started = [streams.enter_context(self._submit(request)) for request in prepared]
             return [stream.result() for stream in started]
 
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        think: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        date: datetime.date | None = None,
-        **sampling: Unpack[SamplingArguments],
-    ) -> Result:
+    def chat(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Result:
         """Answer a conversation.
 
         Args:
             messages: objects with `role` and `content`, in order, or the text of a user's message.
-            think: reason before the answer, or not; None leaves it to the model.
-            tools: functions that the model may call (JSON Schema objects).
-            date: what the model takes for today; None is the real date.
-            sampling: see `SamplingArguments`. Stop strings count in the answer, not in the
-                reasoning.
+            arguments: see `ChatArguments`. Stop strings, structure and tools count in the answer,
+                not in the reasoning before it.
 
         Raises:
             RequestError, ContextLengthError, NonFiniteError: as for `generate`.
             TemplateError: the model's template refuses the messages, tools or thinking.
         """
-        return self.stream(messages, think=think, tools=tools, date=date, **sampling).result()
+        return self.stream(messages, **arguments).result()
 
-    def stream(
-        self,
-        messages: Messages,
-        *,
-        think: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        date: datetime.date | None = None,
-        **sampling: Unpack[SamplingArguments],
-    ) -> Stream:
+    def stream(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Stream:
         """The same as `chat`, piece by piece: an iterator of events, the last an `EndEvent`.
 
         Wrong arguments raise here, not at the first event.
         """
-        ids = self.template.encode(
-            _as_messages(messages), tools=tools, enable_thinking=think, date=date
-        )
-        return self._submit(ids, sampling, chat=True)
+        return self._submit(prepare_chat(self.loaded, messages, arguments))
 
     def stream_text(
-        self, prompt: str | Sequence[int], **sampling: Unpack[SamplingArguments]
+        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
     ) -> Stream:
         """The same as `generate` of one prompt, piece by piece."""
-        return self._submit(self._prompt_ids(prompt), sampling, chat=False)
+        return self._submit(prepare_text(self.loaded, self._prompt_ids(prompt), arguments))
 
     # --- how likely texts are
 
@@ -449,17 +430,17 @@ class Model:
                 f"prompt: expected a text or token ids, got {prompt!r:.80}"
             ) from None
 
-    def _submit(self, ids: list[int], sampling: Mapping[str, Any], *, chat: bool) -> Stream:
+    def _submit(self, request: PreparedRequest) -> Stream:
         loaded = self.loaded
-        parameters = sampling_parameters(sampling, loaded.sampling, self.config.vocab_size)
-        answer = Answer(loaded.tokenizer, ids, parameters, chat=chat)
-        return Stream(loaded.engine.submit(ids, parameters, answer, stop_ids=loaded.stop_ids))
-
-
-def _as_messages(messages: Messages) -> Sequence[Mapping[str, Any]]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    return messages
+        return Stream(
+            loaded.engine.submit(
+                request.prompt,
+                request.parameters,
+                request.answer,
+                stop_ids=loaded.stop_ids,
+                constraint=request.constraint,
+            )
+        )
 
 
 def _is_list(value: object) -> bool:

@@ -10,11 +10,12 @@ from smolrun.engine.sampling import SampledToken, SamplingParameters
 from smolrun.engine.sequence import Ending, FinishReason, Timings
 from smolrun.errors import RequestError
 from smolrun.text.stop import StopStrings
-from smolrun.text.thinking import ReasoningParser
+from smolrun.text.thinking import ReasoningParser, ThinkingStop
 from smolrun.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from smolrun.text.tokenizer import Tokenizer
+    from smolrun.text.tools import ToolCall
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class Result:
 
     text: str
     reasoning: str | None  # None where the model did not reason
-    finish_reason: FinishReason  # "stop", "length" (max_tokens or the context), "cancelled"
+    finish_reason: FinishReason  # "stop", "tool_calls" (it waits for the results of calls),
+    # "length" (max_tokens or the context), "cancelled"
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None  # of every token but the stop token, if asked for
     token_ids: tuple[int, ...]  # sampled, without the stop token
     seed: int  # gives the same answer again
+    tool_calls: tuple[ToolCall, ...] = ()  # complete ones, each with an id
+    # Who ended the reasoning: "model", "budget" or "loop"; None where there is none, or no end.
+    thinking_stopped_by: ThinkingStop | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -85,13 +90,23 @@ class TextEvent:
 
 
 @dataclass(frozen=True)
+class ToolCallEvent:
+    """More of a call of a tool. The first event of a call has no arguments yet."""
+
+    index: int  # of the call in the answer, from 0
+    id: str
+    name: str
+    arguments_delta: str  # JSON; the deltas of a call join to its `arguments_json`
+
+
+@dataclass(frozen=True)
 class EndEvent:
     """The end; the texts of the events before join to those of the result."""
 
     result: Result
 
 
-Event = ProgressEvent | ReasoningEvent | TextEvent | EndEvent
+Event = ProgressEvent | ReasoningEvent | TextEvent | ToolCallEvent | EndEvent
 
 
 class Answer:

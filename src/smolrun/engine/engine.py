@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from smolrun.engine.kv import BlockPool, blocks_for
 from smolrun.engine.runner import Runner
-from smolrun.engine.sampling import SamplingParameters
+from smolrun.engine.sampling import Constraint, SamplingParameters
 from smolrun.engine.scheduler import Chunk, Scheduler, step_arrays
 from smolrun.engine.sequence import FinishReason, Output, Request, Sequence
 from smolrun.errors import (
@@ -93,6 +93,7 @@ class Engine:
         *,
         stop_ids: Collection[int] = (),
         salt: bytes = b"",
+        constraint: Constraint | None = None,
     ) -> Request:
         """Start a request.
 
@@ -102,6 +103,7 @@ class Engine:
             output: makes the events that the returned request yields.
             stop_ids: tokens that end the answer.
             salt: requests with different salts share no prefix cache.
+            constraint: of the tokens that are drawn.
 
         Raises:
             RequestError: the prompt is empty or holds a token outside the vocabulary.
@@ -117,7 +119,9 @@ class Engine:
             )
         if len(tokens) >= self.context_size:
             raise ContextLengthError(len(tokens), self.context_size)
-        sequence = Sequence(tokens, parameters, stop_ids, self.context_size, output, salt)
+        sequence = Sequence(
+            tokens, parameters, stop_ids, self.context_size, output, salt, constraint
+        )
         # The loop holds the sequence, not the request: a request that nobody holds is cancelled.
         self._post(partial(self._scheduler.waiting.append, sequence), sequence.fail)
         return Request(sequence)

@@ -1,8 +1,8 @@
 """From logits to a token: one sampler per request.
 
-The order is: logit bias, penalties, then greedy (temperature 0) or temperature, top-k, top-p,
-min-p and one draw. The draw of the token at a position is a function of (seed, position) alone,
-so a request gives the same tokens whatever runs beside it.
+The order is: logit bias, penalties, the request's constraint, then greedy (temperature 0) or
+temperature, top-k, top-p, min-p and one draw. The draw of the token at a position is a function of
+(seed, position) alone, so a request gives the same tokens whatever runs beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -191,16 +191,41 @@ def uniform(seed: int, position: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
+class Constraint(Protocol):
+    """What else decides on the tokens of one request. Called on the loop's thread.
+
+    An exception ends the request it belongs to, no other. What it answers must depend on nothing
+    but the request and its tokens so far, so that an answer is the same whatever runs beside it.
+    """
+
+    def adjust(self, logits: Float32Array) -> Float32Array | int:
+        """The logits to draw from, -inf where a token may not come; or the token that must come.
+
+        Args:
+            logits: (vocab_size,) after bias and penalties, to be left as they are.
+        """
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn, which may be a stop token."""
+
+
 class Sampler:
     """Draws the tokens of one request.
 
     Args:
         parameters: how.
         prompt: tokens of the prompt; repeat_penalty looks at their end.
+        constraint: has the last word on the logits, and is told what was drawn.
     """
 
-    def __init__(self, parameters: SamplingParameters, prompt: Sequence[int] = ()):
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ):
         self.parameters = parameters
+        self.constraint = constraint
         self.seed = (
             int.from_bytes(os.urandom(8), "little") if parameters.seed is None else parameters.seed
         )
@@ -221,12 +246,17 @@ class Sampler:
             NonFiniteError: a logit is NaN or infinite.
         """
         check_finite(logits, f" at position {position - 1}")
-        adjusted = self._adjust(logits)
         parameters = self.parameters
-        if parameters.greedy:
-            token = int(adjusted.argmax())
+        adjusted = self._adjust(logits)
+        decided = adjusted if self.constraint is None else self.constraint.adjust(adjusted)
+        if isinstance(decided, int):
+            token = decided
+        elif parameters.greedy:
+            token = int(decided.argmax())
         else:
-            token = _draw(adjusted, parameters, uniform(self.seed, position))
+            token = _draw(decided, parameters, uniform(self.seed, position))
+        if self.constraint is not None:
+            self.constraint.accept(token)
         self._remember(token, len(logits))
         if not parameters.logprobs:
             return SampledToken(token)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from smolrun.engine.kv import BlockTable
-from smolrun.engine.sampling import SampledToken, Sampler, SamplingParameters
+from smolrun.engine.sampling import Constraint, SampledToken, Sampler, SamplingParameters
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Sequence:
         context_size: most tokens, prompt and answer.
         output: makes the events.
         salt: sequences with different salts share no prefix cache.
+        constraint: of the tokens that are drawn.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Sequence:
         context_size: int,
         output: Output,
         salt: bytes = b"",
+        constraint: Constraint | None = None,
     ) -> None:
         self.tokens = list(prompt)  # the prompt, then what was sampled
         self.prompt_tokens = len(prompt)
@@ -90,7 +92,7 @@ class Sequence:
         wanted = room if parameters.max_tokens is None else parameters.max_tokens
         self.limit = len(prompt) + min(wanted, room)  # length at which it ends
         self.stop_ids: Collection[int] = () if parameters.ignore_eos else stop_ids
-        self.sampler = Sampler(parameters, prompt)
+        self.sampler = Sampler(parameters, prompt, constraint)
         self.output = output
         self.salt = salt
         self.table: BlockTable | None = None  # None until it is let in

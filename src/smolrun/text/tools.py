@@ -23,6 +23,7 @@ class ToolCall:
     name: str
     arguments: Mapping[str, object]
     id: str | None = None
+    arguments_json: str | None = None  # the arguments as the model wrote them
 
 
 def read_tool_call(value: object, field: str) -> ToolCall:

@@ -1,0 +1,151 @@
+"""What may be asked of an answer, and how that becomes a request of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from smolrun.engine.answer import Answer
+from smolrun.engine.sampling import Constraint, SamplingParameters, sampling_parameters
+from smolrun.errors import RequestError, TemplateError
+from smolrun.text.thinking import thinking_of
+
+if TYPE_CHECKING:
+    import datetime
+
+    from smolrun.engine.load import LoadedModel
+    from smolrun.text.chat import ChatTemplate
+    from smolrun.text.thinking import ReasoningEffort
+    from smolrun.text.tokenizer import Tokenizer
+
+Messages = str | Sequence[Mapping[str, Any]]
+
+
+class SamplingArguments(TypedDict, total=False):
+    """How to sample. What is left out, or None, is as the model's files or makers recommend.
+
+    The order is: logit bias, penalties, structure and thinking, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int | None  # tokens to generate at most; default: what the context leaves
+    temperature: float | None  # 0 to 100; 0 always takes the likeliest token
+    top_k: int | None  # only the k likeliest; 0 or -1: all
+    top_p: float | None  # only the likeliest that together reach p
+    min_p: float | None  # only those at least p times as likely as the likeliest
+    repeat_penalty: float | None  # on logits of the last 64 tokens: positive ones are divided by
+    # it, negative ones multiplied; 1 is off
+    presence_penalty: float | None  # -2 to 2, off the logit of each token of the answer so far
+    frequency_penalty: float | None  # -2 to 2, likewise, times how often it occurred
+    logit_bias: Mapping[int, float] | None  # token id: -100 to 100, added to its logit
+    seed: int | None  # 0 to 2**64 - 1; default: a random one, which the result tells
+    stop: str | Sequence[str] | None  # the answer ends before the first of these
+    logprobs: bool | None  # log-probabilities of the model's own logits
+    top_logprobs: int | None  # and of so many likeliest tokens, at most 20
+    ignore_eos: bool | None  # go on past end-of-text tokens, for measurements
+
+
+class TextArguments(SamplingArguments, total=False):
+    """How to sample, and what form the text must have: one of four, or any.
+
+    An answer that `max_tokens` cuts off (`finish_reason` "length") is only the beginning of one.
+    """
+
+    # {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": ...}}, a JSON
+    # Schema itself, or a class with `model_json_schema()` as pydantic's
+    response_format: Mapping[str, Any] | type | None
+    regex: str | None  # of the whole text; Rust's syntax, no look-around or backreferences
+    grammar: str | None  # in Lark's or llama.cpp's (GBNF) notation
+    choices: Sequence[str] | None  # one of these texts
+
+
+class ChatArguments(TextArguments, total=False):
+    """What may be asked of the answer to a conversation. Structure begins after the reasoning."""
+
+    think: bool | None  # reason before the answer, or not; None leaves it to the model
+    thinking_budget: int | None  # most tokens of reasoning; 0: none, -1: as many as it takes
+    reasoning_effort: ReasoningEffort | None  # the same in words
+    tools: Sequence[Mapping[str, Any]] | None  # functions that it may call (JSON Schema objects)
+    # "auto" (default), "none", "required", or the name of the tool that it must call
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None  # several calls in one answer; default: yes
+    date: datetime.date | None  # what the model takes for today; None is the real date
+    template_arguments: Mapping[str, Any] | None  # see `smolrun.text.chat.TEMPLATE_ARGUMENTS`
+    keep_reasoning: bool | None  # leave the reasoning of past answers in the prompt
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """What `Engine.submit` takes."""
+
+    prompt: list[int]
+    parameters: SamplingParameters
+    answer: Answer
+    constraint: Constraint | None
+
+
+def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
+    """RequestError for a model that has none."""
+    if loaded.tokenizer is None:
+        raise RequestError(f"{loaded.name}: this model has no tokenizer; pass token ids")
+    return loaded.tokenizer
+
+
+def template_of(loaded: LoadedModel) -> ChatTemplate:
+    """TemplateError for a model that has none."""
+    if loaded.template is None:
+        raise TemplateError(
+            f"{loaded.name}: this model has no chat template; use generate() with plain text"
+        )
+    return loaded.template
+
+
+def as_messages(messages: Messages) -> Sequence[Mapping[str, Any]]:
+    """A text is the message of a user."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return messages
+
+
+_UNAVAILABLE = (
+    "response_format", "regex", "grammar", "choices", "tool_choice", "parallel_tool_calls",
+)  # fmt: skip
+
+
+def prepare_text(
+    loaded: LoadedModel, prompt: list[int], arguments: Mapping[str, Any]
+) -> PreparedRequest:
+    """A request that continues token ids; arguments and errors as of `Model.generate`."""
+    given = dict(arguments)
+    for name in _UNAVAILABLE:
+        if given.pop(name, None) is not None:
+            raise RequestError(f"{name}: not available yet")
+    parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
+    answer = Answer(loaded.tokenizer, prompt, parameters, chat=False)
+    return PreparedRequest(prompt, parameters, answer, None)
+
+
+def prepare_chat(
+    loaded: LoadedModel, messages: Messages, arguments: Mapping[str, Any]
+) -> PreparedRequest:
+    """A request that answers a conversation; arguments and errors as of `Model.chat`."""
+    given = dict(arguments)
+    for name in _UNAVAILABLE:
+        if given.pop(name, None) is not None:
+            raise RequestError(f"{name}: not available yet")
+    thinking = thinking_of(
+        given.pop("think", None),
+        given.pop("thinking_budget", None),
+        given.pop("reasoning_effort", None),
+    )
+    prompt = template_of(loaded).encode(
+        as_messages(messages),
+        tools=given.pop("tools", None),
+        enable_thinking=thinking.enabled,
+        date=given.pop("date", None),
+        template_arguments=given.pop("template_arguments", None),
+        keep_reasoning=bool(given.pop("keep_reasoning", None)),
+    )
+    parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
+    answer = Answer(loaded.tokenizer, prompt, parameters, chat=True)
+    return PreparedRequest(prompt, parameters, answer, None)
