@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from smolrun.api import (
+        AsyncModel,
+        AsyncStream,
         ChoiceScore,
         EndEvent,
         Model,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AsyncModel",
+    "AsyncStream",
     "ChoiceScore",
     "ContextLengthError",
     "Converted",

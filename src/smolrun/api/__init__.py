@@ -1,5 +1,6 @@
 """What a user imports to talk to models; `conversion` and `quantization` are beside it."""
 
+from smolrun.api.asynchronous import AsyncModel, AsyncStream
 from smolrun.api.model import DEFAULT_MODEL, Model
 from smolrun.api.request import ChatArguments, Messages, SamplingArguments, TextArguments
 from smolrun.api.stream import Stream
@@ -21,6 +22,8 @@ from smolrun.text.tools import ToolCall
 
 __all__ = [
     "DEFAULT_MODEL",
+    "AsyncModel",
+    "AsyncStream",
     "ChatArguments",
     "ChoiceScore",
     "EndEvent",

@@ -302,15 +302,20 @@ class Model:
             ContextLengthError: a prompt does not fit the context.
             NonFiniteError: the model computed NaN or infinity.
         """
+        streams, single = self.started(prompt, arguments)
+        with contextlib.ExitStack() as stack:  # an error of one cancels the others
+            for stream in streams:
+                stack.enter_context(stream)
+            results = [stream.result() for stream in streams]
+        return results[0] if single else results
+
+    def started(self, prompt: Any, arguments: Mapping[str, Any]) -> tuple[list[Stream], bool]:
+        """The streams of `generate`, and whether `prompt` is a single one."""
         items: list[Any] = list(prompt) if _is_list(prompt) else []
-        if not items or not (isinstance(items[0], str) or _is_list(items[0])):
-            ids = self._prompt_ids(items or prompt)
-            return self._submit(prepare_text(self.loaded, ids, arguments)).result()
-        prompts = [self._prompt_ids(item) for item in items]
+        single = not items or not (isinstance(items[0], str) or _is_list(items[0]))
+        prompts = [self._prompt_ids(item) for item in ([items or prompt] if single else items)]
         prepared = [prepare_text(self.loaded, ids, arguments) for ids in prompts]
-        with contextlib.ExitStack() as streams:  # an error of one cancels the others
-            started = [streams.enter_context(self._submit(request)) for request in prepared]
-            return [stream.result() for stream in started]
+        return [self._submit(request) for request in prepared], single
 
     def chat(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Result:
         """Answer a conversation.

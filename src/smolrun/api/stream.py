@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from smolrun.engine.answer import EndEvent, Event, Result
@@ -33,9 +33,21 @@ class Stream(Iterator[Event]):
         """End the request within a step."""
         self._request.cancel()
 
+    def poll(self) -> Event | None:
+        """The next event, or None where there is none yet; StopIteration after the last."""
+        return cast("Event | None", self._request.poll())
+
+    def notify(self, callback: Callable[[], None]) -> None:
+        """From now on, have `callback` called on the engine's thread after each event."""
+        self._request.notify(callback)
+
+    def skip_to_end(self) -> None:
+        """From now on, have only the last events: what is left of the text, and the end."""
+        self._request.skip_to_end()
+
     def result(self) -> Result:
         """Wait for the end and return the whole answer. Whoever is interrupted cancels it."""
-        self._request.skip_to_end()
+        self.skip_to_end()
         try:
             for event in self:
                 if isinstance(event, EndEvent):

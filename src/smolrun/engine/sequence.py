@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -102,6 +102,7 @@ class Sequence:
         self.ending_only = False  # the same: the caller is not told what comes before the end
         # Events for the caller: ("event", it), then ("error", exception) or ("end", None).
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.notify: Callable[[], None] | None = None  # called after each
         self.submitted = time.perf_counter()
         self.admitted = self.first_token = self.last_token = self.submitted
 
@@ -136,20 +137,27 @@ class Sequence:
         Waking the caller's thread for each token costs as much as everything else beside the step.
         """
         if not self.ending_only:
-            self._put(events)
+            for event in events:
+                self._put("event", event)
 
     def fail(self, error: Exception) -> None:
         """Hand the caller an error, the last thing it sees."""
-        self.events.put(("error", error))
+        self._put("error", error)
 
     def finish(self, ending: Ending) -> None:
         """Hand the caller the last events."""
-        self._put(self.output.finish(ending))
-        self.events.put(("end", None))
+        for event in self.output.finish(ending):
+            self._put("event", event)
+        self._put("end", None)
 
-    def _put(self, events: Iterable[Any]) -> None:
-        for event in events:
-            self.events.put(("event", event))
+    def _put(self, kind: str, value: Any) -> None:
+        self.events.put((kind, value))
+        if self.notify is not None:
+            try:
+                self.notify()
+            except Exception:  # the caller's event loop is closed, and nobody will read this
+                self.notify = None
+                self.cancelled = True
 
     def ending(self, reason: FinishReason) -> Ending:
         """The account of the whole request."""
@@ -188,10 +196,31 @@ class Request:
         if self._ended:
             raise StopIteration
         try:
-            kind, value = self._sequence.events.get()
+            entry = self._sequence.events.get()
         except BaseException:  # Ctrl-C: nobody waits for the answer any more
             self.cancel()
             raise
+        return self._taken(entry)
+
+    def poll(self) -> Any:
+        """The next event, or None where there is none yet; StopIteration after the last."""
+        if self._ended:
+            raise StopIteration
+        try:
+            entry = self._sequence.events.get_nowait()
+        except queue.Empty:
+            return None
+        return self._taken(entry)
+
+    def notify(self, callback: Callable[[], None]) -> None:
+        """From now on, have `callback` called on the loop's thread after each event.
+
+        Poll once after this. An exception of the callback cancels the request.
+        """
+        self._sequence.notify = callback
+
+    def _taken(self, entry: tuple[str, Any]) -> Any:
+        kind, value = entry
         if kind == "event":
             return value
         self._ended = True

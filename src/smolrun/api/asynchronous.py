@@ -1,0 +1,232 @@
+"""The same model for programs that run on an event loop.
+
+Nothing here computes on the loop: templates and tokenizers work in threads, tokens come from the
+engine's thread. The events of an answer wait in a queue of its own, which holds at most the
+answer; the engine never waits for a reader, so one who stops reading holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+
+from smolrun.api.model import DEFAULT_MODEL, Model
+from smolrun.api.request import TextArguments
+from smolrun.api.stream import Stream
+from smolrun.engine.answer import EndEvent, Event, Result
+from smolrun.errors import RequestError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PREPARING_THREADS = 4  # for templates and tokenizers; they start as they are needed
+
+
+class AsyncStream(AsyncIterator[Event]):
+    """The events of one answer, as they come; the last is an `EndEvent`.
+
+    Leaving the loop and dropping the stream, cancelling the task that waits for it, or leaving
+    `async with` ends the request within a step. Iterating starts the request; so does `start`,
+    which raises what is wrong with its arguments. A stream belongs to the event loop that started
+    it, and to one task at a time.
+    """
+
+    def __init__(self, begin: Callable[[], Awaitable[Stream]]) -> None:
+        self._begin: Callable[[], Awaitable[Stream]] | None = begin
+        self._stream: Stream | None = None
+        self._bell = _Bell()
+
+    async def start(self) -> AsyncStream:
+        """Render and tokenize in a thread, and hand the request to the engine. Returns self.
+
+        Raises:
+            SmolrunError: as the method of `Model` that makes such a stream.
+        """
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            self._bell.loop = asyncio.get_running_loop()
+            self._stream = await begin()
+            # The engine holds the bell, not the stream: a stream that nobody holds is cancelled.
+            self._stream.notify(self._bell.ring)
+        return self
+
+    async def __anext__(self) -> Event:
+        await self.start()
+        if self._stream is None:  # starting it has failed
+            raise StopAsyncIteration
+        try:
+            while (event := self._stream.poll()) is None:
+                self._bell.listen()
+                if (event := self._stream.poll()) is not None:  # it came just before
+                    break
+                await self._bell.rung.wait()
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except BaseException:  # above all, the task was cancelled
+            self.cancel()
+            raise
+        return event
+
+    async def __aenter__(self) -> AsyncStream:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the request within a step; what was generated until then can still be read."""
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def result(self) -> Result:
+        """Wait for the end and return the whole answer."""
+        await self.start()
+        if self._stream is not None:
+            self._stream.skip_to_end()
+        async for event in self:
+            if isinstance(event, EndEvent):
+                return event.result
+        raise RequestError("the stream has already been read to its end")
+
+
+class _Bell:
+    """Wakes a reader on an event loop, once for all that came since it last listened."""
+
+    def __init__(self) -> None:
+        self.rung = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._silent = True
+
+    def listen(self) -> None:
+        """On the loop: forget earlier rings."""
+        self._silent = True
+        self.rung.clear()
+
+    def ring(self) -> None:
+        """From any thread. RuntimeError: the loop is closed."""
+        if self._silent and self.loop is not None:
+            self._silent = False
+            self.loop.call_soon_threadsafe(self.rung.set)
+
+
+def _streaming(
+    method: Callable[Concatenate[Model, P], Stream],
+) -> Callable[Concatenate[AsyncModel, P], AsyncStream]:
+    """The method of `Model` as one whose stream is read on an event loop."""
+
+    @functools.wraps(method)
+    def stream(self: AsyncModel, /, *args: P.args, **options: P.kwargs) -> AsyncStream:
+        return AsyncStream(lambda: self._prepared(method, self.model, *args, **options))
+
+    return stream
+
+
+def _answering(
+    method: Callable[Concatenate[Model, P], Stream], like: Callable[..., object]
+) -> Callable[Concatenate[AsyncModel, P], Coroutine[Any, Any, Result]]:
+    """The same, for the whole answer: what `like` does on a `Model`."""
+    streaming = _streaming(method)
+
+    @functools.wraps(like)
+    async def answer(self: AsyncModel, /, *args: P.args, **options: P.kwargs) -> Result:
+        return await streaming(self, *args, **options).result()
+
+    return answer
+
+
+def _threaded(
+    method: Callable[Concatenate[Model, P], T],
+) -> Callable[Concatenate[AsyncModel, P], Coroutine[Any, Any, T]]:
+    """The method of `Model`, run in a thread."""
+
+    @functools.wraps(method)
+    async def run(self: AsyncModel, /, *args: P.args, **options: P.kwargs) -> T:
+        return await asyncio.to_thread(method, self.model, *args, **options)
+
+    return run
+
+
+class AsyncModel:
+    """A `Model` whose methods are awaited; several event loops and threads may share one.
+
+    Args:
+        model: what computes. It can be used beside this, and is closed by `close` of either.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "smolrun-prepare")
+
+    @classmethod
+    async def load(cls, name_or_path: str | Path = DEFAULT_MODEL, **options: Any) -> AsyncModel:
+        """Load a model in a thread; arguments and errors as of `Model`."""
+        return cls(await asyncio.to_thread(Model, name_or_path, **options))
+
+    def __repr__(self) -> str:
+        return f"Async{self.model!r}"
+
+    stream = _streaming(Model.stream)
+    stream_text = _streaming(Model.stream_text)
+    chat = _answering(Model.stream, like=Model.chat)
+    score = _threaded(Model.score)
+    perplexity = _threaded(Model.perplexity)
+    tokenize = _threaded(Model.tokenize)
+    detokenize = _threaded(Model.detokenize)
+    render = _threaded(Model.render)
+
+    @overload
+    async def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
+    ) -> Result: ...
+
+    @overload
+    async def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **arguments: Unpack[TextArguments]
+    ) -> list[Result]: ...
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        **arguments: Unpack[TextArguments],
+    ) -> Result | list[Result]:
+        """As `Model.generate`: of one prompt, or of a list of prompts side by side."""
+        streams, single = await self._prepared(self.model.started, prompt, arguments)
+        answers = [_adopted(stream) for stream in streams]
+        try:
+            results = [await answer.result() for answer in answers]
+        finally:  # an error of one cancels the others
+            for answer in answers:
+                answer.cancel()
+        return results[0] if single else results
+
+    async def close(self) -> None:
+        """Stop the model after its current step; answers under way end in an error."""
+        await asyncio.to_thread(self.model.close)
+
+    async def __aenter__(self) -> AsyncModel:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _prepared(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        call = functools.partial(function, *args, **options)
+        return await loop.run_in_executor(self._threads, call)
+
+
+def _adopted(stream: Stream) -> AsyncStream:
+    """A stream that runs already."""
+    stream.skip_to_end()
+
+    async def begin() -> Stream:
+        return stream
+
+    return AsyncStream(begin)
