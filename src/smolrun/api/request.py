@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from smolrun.engine.answer import Answer
+from smolrun.engine.guide import Guide
 from smolrun.engine.sampling import Constraint, SamplingParameters, sampling_parameters
+from smolrun.engine.thinking import ThinkingLimiter, tokens_for_thinking
 from smolrun.errors import RequestError, TemplateError
 from smolrun.text.thinking import thinking_of
 
@@ -147,5 +149,13 @@ def prepare_chat(
         keep_reasoning=bool(given.pop("keep_reasoning", None)),
     )
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
-    answer = Answer(loaded.tokenizer, prompt, parameters, chat=True)
-    return PreparedRequest(prompt, parameters, answer, None)
+    tokenizer = tokenizer_of(loaded)
+    guide = None
+    if thinking.limited:
+        room = max(loaded.engine.context_size - len(prompt), 0)
+        room = room if parameters.max_tokens is None else min(parameters.max_tokens, room)
+        budget = tokens_for_thinking(thinking.budget, room)
+        stop_ids = () if parameters.ignore_eos else loaded.stop_ids
+        guide = Guide(tokenizer, prompt, ThinkingLimiter(tokenizer, budget, stop_ids))
+    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide)
+    return PreparedRequest(prompt, parameters, answer, guide)

@@ -14,6 +14,7 @@ from smolrun.text.thinking import ReasoningParser, ThinkingStop
 from smolrun.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
+    from smolrun.engine.guide import Guide
     from smolrun.text.tokenizer import Tokenizer
     from smolrun.text.tools import ToolCall
 
@@ -117,6 +118,7 @@ class Answer:
         prompt: token ids; an open think block at their end means that the answer starts inside.
         parameters: of the request. Stop strings are looked for in the answer, not the reasoning.
         chat: tell reasoning from the answer; otherwise everything generated is text.
+        guide: what steers the answer, if anything does.
     """
 
     def __init__(
@@ -126,8 +128,10 @@ class Answer:
         parameters: SamplingParameters,
         *,
         chat: bool,
+        guide: Guide | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._guide = guide
         self._parser = self._decoder = None
         if tokenizer is None:
             if parameters.stop:
@@ -193,6 +197,7 @@ class Answer:
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             token_ids=tuple(self._ids),
             seed=ending.seed,
+            thinking_stopped_by=self._thinking_stopped_by(),
         )
         return [*events, EndEvent(result)]
 
@@ -205,6 +210,11 @@ class Answer:
             self._text.append(text)
             events.append(TextEvent(text, self._told()))
         return events
+
+    def _thinking_stopped_by(self) -> ThinkingStop | None:
+        if self._parser is None or not self._parser.closed:
+            return None
+        return self._guide.thinking_stopped_by if self._guide else "model"
 
     def _told(self) -> tuple[TokenLogprob, ...]:
         untold, self._untold = tuple(self._untold), []

@@ -78,6 +78,18 @@ def thinking_of(
     return Thinking(think)
 
 
+def think_tags(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that open and that close the reasoning: one each where the tags are tokens."""
+    opened, closed = tokenizer.added_id_of(THINK_OPEN), tokenizer.added_id_of(THINK_CLOSE)
+    if opened is not None and closed is not None:
+        return [opened], [closed]
+    opening, closing = (
+        tokenizer.encode(tag, parse_special=False, add_bos=False)
+        for tag in (THINK_OPEN, THINK_CLOSE)
+    )
+    return opening, closing
+
+
 class Piece(NamedTuple):
     """New text, of the reasoning and of the answer; either may be empty."""
 
@@ -113,12 +125,24 @@ class ReasoningParser:
         self._held = ""
         self._at_edge = False  # directly after a tag: line breaks are dropped
         self._start_tokens = 0
+        self._closed = False
+        self._answered = False  # the answer's first text is known
         self._begin(tokenizer, prompt)
 
     @property
     def in_reasoning(self) -> bool:
         """Whether the next token belongs to the reasoning, as far as is known."""
         return self._state == "reasoning"
+
+    @property
+    def in_answer(self) -> bool:
+        """Whether the next token belongs to the answer for sure."""
+        return self._state == "answer"
+
+    @property
+    def closed(self) -> bool:
+        """Whether a close tag was generated that ended the reasoning."""
+        return self._closed
 
     @property
     def at_edge(self) -> bool:
@@ -179,8 +203,10 @@ class ReasoningParser:
     def _switch(self, state: Literal["reasoning", "answer"]) -> Piece:
         """A tag by id: ends what went before."""
         piece = self._route(self._decoder.flush())
-        if self._state == state == "answer":
-            return piece  # a close tag with nothing open says nothing
+        if state == "answer":
+            if self._state == "answer":
+                return piece  # a close tag with nothing open says nothing
+            self._closed |= self._state == "reasoning"
         # What is held is line breaks before the tag, or the white space before the first one.
         self._held = ""
         self._state, self._at_edge = state, True
@@ -191,8 +217,8 @@ class ReasoningParser:
             text = self._leave_start(text)
         if self._state == "reasoning":
             reasoning, rest = self._reason(text)
-            return Piece(reasoning, self._trimmed(rest))
-        return Piece("", self._trimmed(text) if self._state == "answer" else "")
+            return Piece(reasoning, self._answer(rest) if rest else "")
+        return Piece("", self._answer(text) if self._state == "answer" else "")
 
     def _leave_start(self, text: str) -> str:
         """Holds text until it is clear whether the stream begins with the opening tag."""
@@ -216,7 +242,7 @@ class ReasoningParser:
         if not self._by_id:
             before, close, after = text.partition(THINK_CLOSE)
             if close:
-                self._state, self._at_edge = "answer", True
+                self._state, self._at_edge, self._closed = "answer", True, True
                 return before.rstrip("\n"), after
         keep = len(text)
         if not self._by_id:
@@ -226,6 +252,20 @@ class ReasoningParser:
         keep = len(text[:keep].rstrip("\n"))
         self._held = text[keep:]
         return text[:keep], ""
+
+    def _answer(self, text: str) -> str:
+        """Text of the answer; a close tag that is repeated at its beginning is swallowed."""
+        text, self._held = self._trimmed(self._held + text), ""
+        if self._by_id or not self._closed or self._answered:
+            return text
+        while text.startswith(THINK_CLOSE):
+            text = text[len(THINK_CLOSE) :].lstrip("\n")
+            self._at_edge = not text
+        if text and THINK_CLOSE.startswith(text):
+            self._held = text
+            return ""
+        self._answered = bool(text)
+        return text
 
     def _trimmed(self, text: str) -> str:
         if self._at_edge:

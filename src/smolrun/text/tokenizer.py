@@ -10,6 +10,7 @@ and 16 hex) are dropped in encoding, as by the library the models were trained w
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import operator
 import re
@@ -132,6 +133,20 @@ class Tokenizer:
     def control_tokens(self) -> tuple[str, ...]:
         """Texts of the control tokens, in order of their ids."""
         return tuple(self._added[token_id].content for token_id in sorted(self._special))
+
+    @functools.cached_property
+    def control_ids(self) -> tuple[int, ...]:
+        """Ids of the control tokens."""
+        return tuple(sorted(self._special))
+
+    @functools.cached_property
+    def silent_ids(self) -> tuple[int, ...]:
+        """Ids of tokens that show nothing: control tokens, white space, padding rows."""
+        return tuple(
+            token_id
+            for token_id in range(self.vocab_size)
+            if token_id in self._special or not self.token_bytes(token_id).strip()
+        )
 
     def encode(
         self, text: str, *, parse_special: bool = True, add_bos: bool | None = None
