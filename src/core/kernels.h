@@ -145,11 +145,11 @@ struct AttentionTask {
     float* scratch;              // attention_scratch() floats, the caller's
 };
 
-// For a tile of 12 rows values, weights, their codes, sums of a vector each and maximum; for all
+// For a tile of 12 rows values, codes of weights, sums of a vector each and reference; for all
 // rows queries and their scale, maximum and sum; and what rounding each to vectors takes.
 constexpr int64_t attention_scratch(int64_t group, int64_t head_dim) {
-    return 12 * (head_dim + 3 * kBlockTokens / 2 + 16) +
-           kAttentionTokens * group * (head_dim / 2 + 3) + 5 * 16;
+    return 12 * (head_dim + kBlockTokens / 2 + 16) + kAttentionTokens * group * (head_dim / 2 + 3) +
+           5 * 16;
 }
 
 struct Kernels {
@@ -198,12 +198,12 @@ struct Kernels {
     void (*add)(const float* x, int64_t columns, float* out);
 
     // Softmax(q k^T * scale) v over the blocks of one sequence. In a segment, blocks of 32 tokens
-    // follow each other, with the largest score so far as the reference; segments start afresh and
-    // are merged in order. q is rounded as k is, and the weights of a block, times the scales of V,
-    // to 16 bits with a common scale: their sums are exact. (Scalar kernels round neither.) Of a
-    // token's last block only the first (length - 1) % 32 + 1 slots count; what the others hold,
-    // NaN included, has no influence on it, so they are skipped or selected away, never multiplied
-    // by zero.
+    // follow each other. The reference of a row is a score that none so far is above by more than a
+    // factor of 256 in weight; segments start afresh and are merged in order. q is rounded as k is,
+    // and the weights of a block, times the scales of V, to 16 bits with a common scale: their sums
+    // are exact. (Scalar kernels round neither.) Of a token's last block only the first (length -
+    // 1) % 32 + 1 slots count; what the others hold, NaN included, has no influence on it, so they
+    // are skipped or selected away, never multiplied by zero.
     void (*attention)(const AttentionTask& task);
 
     // The same in two parts, for one token: one segment, partial[group][head_dim + 16]; and, for

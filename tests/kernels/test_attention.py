@@ -192,6 +192,29 @@ def test_huge_scores(isa: str, size: float) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("step", [0.01, 0.08, 0.6, -0.2])
+def test_scores_that_rise_from_token_to_token(isa: str, step: float) -> None:
+    # Within a block by 0.3 to 20, from block to block likewise: below and above what the reference
+    # of a softmax is raised for.
+    k, v = random_inputs(2 * 300, 64).reshape(2, 300, 64)
+    k[:, 0] = np.arange(300)
+    q = random_inputs(3, 64) * np.float32(0.1)
+    q[:, 0] = step
+    found = Cache(k, v).attention(isa, q, 300, 1.0)
+    assert nmse(found, expected_attention(q, k, v, 1.0)) <= bound(isa)
+
+
+@each_isa
+def test_rows_that_are_raised_change_no_bit_of_others(isa: str) -> None:
+    k, v = random_inputs(2 * 300, 48).reshape(2, 300, 48)
+    cache = Cache(k, v)
+    q = random_inputs(12 * 3, 48, seed=4).reshape(12, 3, 48)
+    q *= np.geomspace(0.1, 100, 36, dtype=np.float32).reshape(3, 12).T[:, :, None]
+    alone = [cache.attention(isa, q[i], 289 + i, 0.2) for i in range(12)]
+    assert_same_bits(cache.attention(isa, q, 300, 0.2), np.stack(alone))
+
+
+@each_isa
 def test_equal_scores_give_the_mean(isa: str) -> None:
     v = random_inputs(100, 64)
     k = np.zeros((100, 64), dtype=np.float32)

@@ -62,14 +62,19 @@ SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 SMOLRUN_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 SMOLRUN_INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-// a * b + c, and c - a * b.
+// a * b + c, a * b - c, and c - a * b.
 SMOLRUN_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+SMOLRUN_INLINE Floats fmsub(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
 SMOLRUN_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 // b where either is NaN.
 SMOLRUN_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 SMOLRUN_INLINE Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-SMOLRUN_INLINE bool all_equal(Floats a, Floats b) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff;
+// False where either is NaN.
+SMOLRUN_INLINE bool any_less(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
+}
+SMOLRUN_INLINE Floats select_less(Floats a, Floats b, Floats if_less, Floats otherwise) {
+    return _mm256_blendv_ps(otherwise, if_less, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 SMOLRUN_INLINE Floats round(Floats x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -84,6 +89,18 @@ SMOLRUN_INLINE Floats scale_by_power_of_two(Floats x, Floats n) {
     const __m256i rest = _mm256_sub_epi32(whole, half);
     const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
     return mul(mul(x, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
+
+// x - floor(x), 0 of infinity; and x * 2^floor(n), for x from 1 to 2 and n up to 126: below 2^-126
+// something from 0 to there.
+SMOLRUN_INLINE Floats fraction(Floats x) {
+    const Floats within = max(broadcast(-126.0f), x);
+    return sub(within, _mm256_floor_ps(within));
+}
+SMOLRUN_INLINE Floats scale_by_whole_part(Floats x, Floats n) {
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_floor_ps(max(broadcast(-126.0f), n)));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(whole, 23)));
 }
 
 SMOLRUN_INLINE __m128 fold(__m256 x) {

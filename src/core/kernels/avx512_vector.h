@@ -75,20 +75,32 @@ SMOLRUN_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 SMOLRUN_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 SMOLRUN_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 SMOLRUN_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-// a * b + c, and c - a * b.
+// a * b + c, a * b - c, and c - a * b.
 SMOLRUN_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+SMOLRUN_INLINE Floats fmsub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 SMOLRUN_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 // b where either is NaN.
 SMOLRUN_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 SMOLRUN_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-SMOLRUN_INLINE bool all_equal(Floats a, Floats b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) == 0xffff;
+// False where either is NaN.
+SMOLRUN_INLINE bool any_less(Floats a, Floats b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
+}
+SMOLRUN_INLINE Floats select_less(Floats a, Floats b, Floats if_less, Floats otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, if_less);
 }
 SMOLRUN_INLINE Floats round(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 // x * 2^n, n a whole number in a float; overflows to infinity, underflows gradually.
 SMOLRUN_INLINE Floats scale_by_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+
+// x - floor(x), 0 of infinity; and x * 2^floor(n), for x from 1 to 2 and n up to 126: below 2^-126
+// something from 0 to there.
+SMOLRUN_INLINE Floats fraction(Floats x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+SMOLRUN_INLINE Floats scale_by_whole_part(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
 SMOLRUN_INLINE __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
 SMOLRUN_INLINE __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }

@@ -2,188 +2,12 @@
 #pragma once
 
 #include "kernels.h"
-#include "kernels/simd_kv.h"
+#include "kernels/simd_scores.h"
 
 namespace smolrun {
 namespace {
 
-// 2^x for x <= 0, relative error below 4e-6; from -126 down the smallest normal float. NaN stays.
-SMOLRUN_INLINE Floats power_of_two(Floats x) {
-    x = max(broadcast(-126.0f), x);
-    const Words whole = round_to_words(x);
-    const Floats r = sub(x, to_floats(whole));
-    // The polynomial of 4th degree, 1 at 0, that is nearest to 2^r for |r| <= 0.5.
-    Floats sum = broadcast(0.00958283639f);
-    sum = fma(sum, r, broadcast(0.0559064134f));
-    sum = fma(sum, r, broadcast(0.240240988f));
-    sum = fma(sum, r, broadcast(0.693124195f));
-    sum = fma(sum, r, broadcast(1.0f));
-    return as_floats(add(bits_of(sum), shift_right<-23>(whole)));
-}
-
-// A row is a query head of a token. A tile of rows shares each load of K and V.
-struct RowTile {
-    const int16_t* q;      // [head_dim/2][q_stride][2], codes, the tile's rows side by side
-    int64_t q_stride;      //
-    const float* q_scale;  // [rows], of the codes, times the scale of scores and log2(e)
-    float* weighted;       // [rows][32], probability * scale of V
-    int16_t* codes;        // [rows][32], of those
-    float* values;         // [rows][head_dim], weighted sums of V
-    float* sum;            // [rows][kLanes], of the probabilities
-    float* maximum;        // [rows], largest score so far, without q_scale
-};
-
-// Rows of the tile from `i` on.
-SMOLRUN_INLINE RowTile part_of(const RowTile& tile, int64_t i, int64_t head_dim) {
-    return {tile.q + 2 * i,
-            tile.q_stride,
-            tile.q_scale + i,
-            tile.weighted + i * kBlockTokens,
-            tile.codes + i * kBlockTokens,
-            tile.values + i * head_dim,
-            tile.sum + i * kLanes,
-            tile.maximum + i};
-}
-
-// K and V of a block.
-struct Block {
-    const int16_t *k, *v;
-};
-SMOLRUN_INLINE Block block_at(const AttentionTask& task, int64_t token) {
-    const int16_t* const block =
-        task.pool + int64_t{task.block_table[token / kBlockTokens]} * task.block_stride;
-    return {block + task.k_offset, block + task.v_offset};
-}
-SMOLRUN_INLINE Floats load_scales(const int16_t* block, int64_t head_dim, int64_t token) {
-    return as_floats(load_words(block + head_dim * kBlockTokens + 2 * token));
-}
-
-// Blocks lie anywhere in memory. While K is used, V of the block is asked for from the second-level
-// cache, and K two blocks ahead from memory; while V is used, K of the next block and V two ahead.
-struct Ahead {
-    const int16_t *next, *far;  // what comes next, and what comes later
-    SMOLRUN_INLINE void ask(int64_t element, int64_t bytes) const {
-        prefetch(next + element, bytes);
-        prefetch_far(far + element, bytes);
-    }
-};
-
-// What a block means to each row.
-template <int rows>
-struct BlockRows {
-    int64_t count[rows];  // tokens that the row sees, 1 to 32, not falling
-    float keep[kLanes];   // [rows], factor of what was there before
-    float scale[kLanes];  // [rows], of the codes of the probabilities
-    bool all_kept;        // every factor is 1
-};
-
-// results[row] = reduce(vector of the row): four rows at once, each in the same order.
-template <int rows, class Vector, class Reduce>
-SMOLRUN_INLINE void reduce_rows(Vector&& vector, Reduce&& reduce, float* results) {
-    for (int row = 0; row < rows; row += 4) {
-        const auto at = [&](int i) { return row + i < rows ? row + i : rows - 1; };
-        float four[4];
-        _mm_storeu_ps(four, reduce(vector(row), vector(at(1)), vector(at(2)), vector(at(3))));
-        for (int i = 0; i < 4 && row + i < rows; ++i) results[row + i] = four[i];
-    }
-}
-
-// codes[row][32] of exp(q . k - largest so far) * scale of V, 0 past the row's count; brings
-// maximum and sum up to date.
-template <int rows>
-SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, const int16_t* k,
-                                const int16_t* v, const Ahead& ahead, BlockRows<rows>& block) {
-    static_assert(rows <= kLanes);
-    constexpr int vectors = static_cast<int>(kBlockTokens) / kLanes;
-    const int64_t head_dim = task.head_dim;
-    Words dots[rows][vectors];
-    for (auto& of_row : dots) {
-        for (Words& total : of_row) total = zero_words();
-    }
-    const int16_t* q = tile.q;
-    for (int64_t i = 0; i < head_dim; i += 2) {
-        const int64_t at = i * kBlockTokens;
-        ahead.ask(at, kBlockTokens * 4);
-        Words pairs[vectors];
-        for (int j = 0; j < vectors; ++j) pairs[j] = load_words(k + at + 2 * j * kLanes);
-        for (int row = 0; row < rows; ++row) {
-            const Words query = broadcast_pair(q + 2 * row);
-            for (int j = 0; j < vectors; ++j) dots[row][j] = dot(dots[row][j], pairs[j], query);
-        }
-        q += 2 * tile.q_stride;
-    }
-    Floats scores[rows][vectors];
-    for (int j = 0; j < vectors; ++j) {
-        const Floats scale = load_scales(k, head_dim, j * kLanes);
-        for (int row = 0; row < rows; ++row) scores[row][j] = mul(to_floats(dots[row][j]), scale);
-    }
-    const bool whole = block.count[0] == kBlockTokens;
-    const Floats none = broadcast(-__builtin_inff());
-    if (!whole) {
-        for (int row = 0; row < rows; ++row) {
-            for (int j = 0; j < vectors; ++j) {
-                scores[row][j] = select_first(scores[row][j], none, block.count[row] - j * kLanes);
-            }
-        }
-    }
-    float maximum[kLanes] = {};
-    reduce_rows<rows>(
-        [&](int row) SMOLRUN_INLINE_LAMBDA {
-            // `none` is what is left of a NaN, which comes back in the sum.
-            Floats largest = none;
-            for (int j = 0; j < vectors; ++j) largest = max(scores[row][j], largest);
-            return largest;
-        },
-        [](Floats a, Floats b, Floats c, Floats d)
-            SMOLRUN_INLINE_LAMBDA { return max_lanes(a, b, c, d); },
-        maximum);
-    const Floats before = load_part(tile.maximum, rows);
-    const Floats after = max(before, load(maximum));
-    const Floats q_scale = load_part(tile.q_scale, rows);
-    const Floats keep = power_of_two(mul(sub(before, after), q_scale));
-    block.all_kept = all_equal(before, after);
-    store_part(tile.maximum, after, rows);
-    store(maximum, after);
-    store(block.keep, keep);
-
-    Floats weighted_sums[rows];
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; ++row) {
-        Floats total = mul(load(tile.sum + row * kLanes), broadcast(block.keep[row]));
-        weighted_sums[row] = broadcast(0.0f);
-        for (int j = 0; j < vectors; ++j) {
-            Floats p = power_of_two(
-                mul(sub(scores[row][j], broadcast(maximum[row])), broadcast(tile.q_scale[row])));
-            Floats weighted = mul(p, load_scales(v, head_dim, j * kLanes));
-            if (!whole) {
-                const int64_t count = block.count[row] - j * kLanes;
-                p = select_first(p, broadcast(0.0f), count);
-                weighted = select_first(weighted, broadcast(0.0f), count);
-            }
-            store(tile.weighted + row * kBlockTokens + j * kLanes, weighted);
-            weighted_sums[row] = add(weighted_sums[row], weighted);
-            total = add(total, p);
-        }
-        store(tile.sum + row * kLanes, total);
-    }
-    float sums[kLanes] = {};
-    reduce_rows<rows>([&](int row) SMOLRUN_INLINE_LAMBDA { return weighted_sums[row]; },
-                      [](Floats a, Floats b, Floats c, Floats d)
-                          SMOLRUN_INLINE_LAMBDA { return sum_lanes(a, b, c, d); },
-                      sums);
-    // Codes that add up to 32767 at most, so that their products with those of V fit 32 bits.
-    store(block.scale, mul(load(sums), broadcast(1.0f / 32767)));
-    store(sums, div(broadcast(32767.0f), load(sums)));
-    for (int row = 0; row < rows; ++row) {
-        const Floats inverse = broadcast(sums[row]);
-        for (int j = 0; j < vectors; ++j) {
-            const int64_t at = row * kBlockTokens + j * kLanes;
-            store_halves(tile.codes + at, round_to_words(mul(load(tile.weighted + at), inverse)));
-        }
-    }
-}
-
-// values[row][first..] = what was there * keep + sum of probability * v over the row's tokens, for
+// values[row][first..] += sum of probability * v over the row's tokens, for
 // `vectors` vectors, the last of them `last` lanes long. `begin`: the tile's first row in the
 // block's.
 template <int rows, int vectors, int of>
@@ -213,10 +37,8 @@ SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, c
     for (int row = 0; row < rows; ++row) {
         float* const values = tile.values + row * task.head_dim + first;
         const Floats scale = broadcast(block.scale[begin + row]);
-        const Floats keep = broadcast(block.keep[begin + row]);
         for (int i = 0; i < vectors; ++i) {
-            Floats before = load_up_to(values + i * kLanes, lanes(i));
-            if (!block.all_kept) before = mul(before, keep);
+            const Floats before = load_up_to(values + i * kLanes, lanes(i));
             store_up_to(values + i * kLanes, fma(to_floats(totals[row][i]), scale, before),
                         lanes(i));
         }
@@ -249,9 +71,11 @@ SMOLRUN_INLINE void add_values_of_rows(const AttentionTask& task, const RowTile&
 template <int rows>
 void attend_block(const AttentionTask& task, const RowTile& tile, int64_t row, int64_t begin) {
     BlockRows<rows> rows_of_block;
+    const bool whole = task.length - begin >= kBlockTokens;
     for (int i = 0; i < rows; ++i) {
-        const int64_t length = task.length + (row + i) / task.group;
-        rows_of_block.count[i] = smaller(kBlockTokens, length - begin);
+        // Divisions take as long as a row's products, so only where they are needed.
+        const int64_t length = whole ? kBlockTokens : task.length - begin + (row + i) / task.group;
+        rows_of_block.count[i] = smaller(kBlockTokens, length);
     }
     const Block block = block_at(task, begin);
     const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
@@ -307,19 +131,17 @@ Rows prepare_rows(const AttentionTask& task, float* scratch) {
 }
 
 RowTile place_tile(const Rows& prepared, int64_t first, int64_t rows, int64_t head_dim) {
-    float* const weighted = prepared.scratch;
-    float* const codes = weighted + rows * kBlockTokens;
+    float* const codes = prepared.scratch;
     float* const sum = codes + rows * kBlockTokens / 2;
-    float* const maximum = sum + rows * kLanes;
-    float* const values = maximum + kLanes;
+    float* const reference = sum + rows * kLanes;
+    float* const values = reference + kLanes;
     return {prepared.q + first * head_dim,
             rows,
             prepared.q_scale + first,
-            weighted,
             reinterpret_cast<int16_t*>(codes),
             values,
             sum,
-            maximum};
+            reference};
 }
 
 // The first row that sees the token at `position`.
@@ -335,7 +157,7 @@ RowTile attend_rows(const AttentionTask& task, const Rows& prepared, int64_t row
     const RowTile tile = place_tile(prepared, row, rows, head_dim);
     for (int i = 0; i < rows; ++i) {
         // Of the first block nothing was before: what is kept is kept of 0.
-        tile.maximum[i] = -__builtin_inff();
+        tile.reference[i] = -__builtin_inff();
         store(tile.sum + i * kLanes, broadcast(0.0f));
     }
     for (int64_t i = 0; i < rows * head_dim; ++i) tile.values[i] = 0;
@@ -356,15 +178,17 @@ RowTile attend_rows(const AttentionTask& task, const Rows& prepared, int64_t row
             attend_block<count>(task, part_of(tile, at - row, head_dim), at, begin);
         });
     }
-    // Ready to be merged: the largest score as a power of two, the sum of the probabilities.
-    store_part(tile.maximum, mul(load_part(tile.maximum, rows), load_part(tile.q_scale, rows)),
-               rows);
-    float sums[kLanes];
-    reduce_rows<rows>([&](int i) SMOLRUN_INLINE_LAMBDA { return load(tile.sum + i * kLanes); },
-                      [](Floats a, Floats b, Floats c, Floats d)
-                          SMOLRUN_INLINE_LAMBDA { return sum_lanes(a, b, c, d); },
-                      sums);
-    for (int i = 0; i < rows; ++i) tile.sum[i] = sums[i];
+    float* const sum = tile.sum;
+    const auto add_up = [&]<int first, int count>() SMOLRUN_INLINE_LAMBDA {
+        Floats of_row[count];
+        for (int i = 0; i < count; ++i) of_row[i] = load(sum + (first + i) * kLanes);
+        // Only sums that are added up already lie where these go.
+        const __m128 sums = reduce_rows(of_row, sum_of_each);
+        float four[4];
+        _mm_storeu_ps(four, sums);
+        for (int i = 0; i < count; ++i) sum[first + i] = four[i];
+    };
+    each_four_rows<rows>(add_up);
     return tile;
 }
 
@@ -427,7 +251,7 @@ void attention(const AttentionTask& task) {
             if (first >= row + count) return;
             const RowTile tile = attend_rows<count>(task, prepared, row, segment);
             each_row_tile<count>(first > row ? first : row, row + count, [&]<int some>(int64_t at) {
-                merge_rows<some>(tile.values + (at - row) * head_dim, tile.maximum + (at - row),
+                merge_rows<some>(tile.values + (at - row) * head_dim, tile.reference + (at - row),
                                  tile.sum + (at - row), head_dim,
                                  {softmax.maximum + at, softmax.sum + at},
                                  [&](int64_t i) { return out(at + i); });
@@ -445,7 +269,7 @@ void attend_segment(const AttentionTask& task, int64_t segment, float* partial) 
         for (int i = 0; i < count; ++i) {
             float* const to = partial + (row + i) * (head_dim + kPartialExtra);
             for (int64_t j = 0; j < head_dim; ++j) to[j] = tile.values[i * head_dim + j];
-            to[head_dim] = tile.maximum[i];
+            to[head_dim] = tile.reference[i];
             to[head_dim + 1] = tile.sum[i];
         }
     });
