@@ -177,6 +177,7 @@ class AsyncModel:
     chat = _answering(Model.stream, like=Model.chat)
     score = _threaded(Model.score)
     perplexity = _threaded(Model.perplexity)
+    prompt_logprobs = _threaded(Model.prompt_logprobs)
     tokenize = _threaded(Model.tokenize)
     detokenize = _threaded(Model.detokenize)
     render = _threaded(Model.render)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,20 +24,21 @@ from smolrun.api.request import (
     tokenizer_of,
 )
 from smolrun.api.stream import Stream
-from smolrun.engine.answer import Result
+from smolrun.engine.answer import Result, TokenLogprob, described
 from smolrun.engine.forward import Forward
 from smolrun.engine.likelihood import (
     WINDOW_TOKENS,
     ChoiceScore,
     Perplexity,
     perplexity,
+    prompt_logprobs,
     score_choices,
     text_windows,
 )
 from smolrun.engine.load import MAX_SEQUENCES, LoadedModel, load_config, load_model
 from smolrun.engine.native import DEFAULT_ACTIVATIONS
-from smolrun.engine.sampling import SamplingParameters
-from smolrun.errors import RequestError
+from smolrun.engine.sampling import MAX_TOP_LOGPROBS, SampledToken, SamplingParameters
+from smolrun.errors import ContextLengthError, RequestError
 from smolrun.model.config import ModelConfig
 from smolrun.model.random import random_weights, zero_weights
 from smolrun.quant.types import WeightType
@@ -406,6 +408,37 @@ class Model:
         if not sequences:
             raise RequestError("choices: expected at least one, there is none")
         return score_choices(Forward(self.loaded.engine), sequences)
+
+    def prompt_logprobs(
+        self, prompt: str | Sequence[int], *, top_logprobs: int = 0
+    ) -> list[TokenLogprob]:
+        """What the model makes of each token of a prompt, after those before it.
+
+        Args:
+            prompt: text, or token ids.
+            top_logprobs: so many likeliest tokens in the place of each, at most 20.
+
+        Returns:
+            One for each token. The first, before which there is nothing, has logprob NaN.
+
+        Raises:
+            RequestError: the prompt is empty, or no such.
+            ContextLengthError: it does not fit the context.
+        """
+        if type(top_logprobs) is not int or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {top_logprobs!r:.80}"
+            )
+        ids = self._prompt_ids(prompt)
+        if not ids:
+            raise RequestError("prompt: expected at least one token, it is empty")
+        if len(ids) > self.context_size:
+            raise ContextLengthError(len(ids), self.context_size)
+        forward = Forward(self.loaded.engine)
+        tokens = np.array(forward.checked_ids(ids)[0], np.int32)
+        found = prompt_logprobs(forward, tokens, top_logprobs)
+        first = SampledToken(ids[0], math.nan)
+        return [described(self.loaded.tokenizer, token) for token in (first, *found)]
 
     @property
     def window_bos(self) -> int | None:

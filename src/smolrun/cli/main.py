@@ -20,6 +20,7 @@ from smolrun.errors import ContextLengthError, RequestError, SmolrunError
 VERBS = {
     "run": "answer a prompt; without one, chat",
     "chat": "talk to a model",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "show": "what is in a model: configuration, weight types, memory it needs",
     "tokenize": "text to token ids and back",
     "render": "the exact text that a model is given for a prompt",

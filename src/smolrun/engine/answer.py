@@ -221,15 +221,15 @@ class Answer:
         return untold
 
     def _logprob(self, token: SampledToken) -> TokenLogprob:
-        assert token.logprob is not None
-        return self._described(
-            token.id,
-            token.logprob,
-            tuple(self._described(other, logprob) for other, logprob in token.top_logprobs),
-        )
+        return described(self._tokenizer, token)
 
-    def _described(
-        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
-    ) -> TokenLogprob:
-        data = self._tokenizer.token_bytes(token) if self._tokenizer else b""
-        return TokenLogprob(token, data.decode("utf-8", "replace"), data, logprob, top)
+
+def described(tokenizer: Tokenizer | None, token: SampledToken) -> TokenLogprob:
+    """A token with log-probabilities as a user sees it."""
+
+    def one(token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        data = tokenizer.token_bytes(token_id) if tokenizer else b""
+        return TokenLogprob(token_id, data.decode("utf-8", "replace"), data, logprob, top)
+
+    assert token.logprob is not None
+    return one(token.id, token.logprob, tuple(one(*other) for other in token.top_logprobs))

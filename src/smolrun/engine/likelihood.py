@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from smolrun.engine.sampling import SampledToken, with_logprobs
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
@@ -179,6 +180,19 @@ def score_choices(
         )
     forward.clear()
     return scores
+
+
+def prompt_logprobs(
+    forward: Forward, tokens: npt.NDArray[np.int32], count: int
+) -> list[SampledToken]:
+    """What the model makes of each token but the first, and the `count` likeliest in its place."""
+    forward.checked_ids(tokens)
+    found: list[SampledToken] = []
+    for place, logits in predictions(forward, tokens, 1):
+        expected = tokens[place : place + len(logits)].tolist()
+        found += [with_logprobs(*pair, count) for pair in zip(expected, logits, strict=True)]
+    forward.clear()
+    return found
 
 
 def _common_prefix(sequences: Sequence[npt.NDArray[np.int32]]) -> int:

@@ -260,7 +260,7 @@ class Sampler:
         self._remember(token, len(logits))
         if not parameters.logprobs:
             return SampledToken(token)
-        return _with_logprobs(token, logits, parameters.top_logprobs)
+        return with_logprobs(token, logits, parameters.top_logprobs)
 
     def _adjust(self, logits: Float32Array) -> Float32Array:
         """Logits after bias and penalties; the array itself when there are none."""
@@ -405,7 +405,8 @@ def _edge(weights: npt.NDArray[np.float64], mass: float, above: float = 0.0) -> 
     return edge, int(np.count_nonzero(falling[place + 1 :] == edge))
 
 
-def _with_logprobs(token: int, logits: Float32Array, count: int) -> SampledToken:
+def with_logprobs(token: int, logits: Float32Array, count: int) -> SampledToken:
+    """A token with its log-probability under logits (vocab_size,), and the `count` likeliest."""
     best = logits.max()
     log_total = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
     top: list[int] = []

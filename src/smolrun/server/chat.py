@@ -1,0 +1,174 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from smolrun.api import (
+    EndEvent,
+    Event,
+    ProgressEvent,
+    ReasoningEvent,
+    Result,
+    TextEvent,
+    ToolCallEvent,
+)
+from smolrun.server import replies
+from smolrun.server.endpoint import EventStream, json_reply, read_body
+from smolrun.server.errors import invalid
+from smolrun.server.fields import sampling_of, seeds_of, structure_of, thinking_of
+from smolrun.server.schema import ChatRequest
+from smolrun.server.service import Service
+from smolrun.server.work import Finished, Work, while_connected
+
+
+async def chat_completions(request: Request, service: Service) -> Response:
+    """Answer a conversation, whole or piece by piece."""
+    raw, body = await read_body(request, service, ChatRequest)
+    model = service.model(body.model)
+    count = body.n or 1
+    arguments = _arguments(raw, body)
+    work = service.work(
+        count,
+        [model.stream(raw["messages"], **{**arguments, "seed": s}) for s in seeds_of(body, count)],
+    )
+    await while_connected(request, work.start())
+    reply = _Reply(service, body)
+    if body.stream:
+        return EventStream(request, reply.chunks(work), work)
+    finished = await while_connected(request, work.all_finished(bool(body.logprobs)))
+    return json_reply(reply.whole(finished))
+
+
+def _arguments(raw: dict[str, Any], body: ChatRequest) -> dict[str, Any]:
+    """What the model is asked for, beside the messages."""
+    arguments = sampling_of(body)
+    if arguments.get("max_tokens") == 0:
+        raise invalid("max_tokens", "expected at least 1, got 0")
+    arguments |= thinking_of(body, body.chat_template_kwargs)
+    arguments |= structure_of(body)
+    if raw.get("tools"):
+        arguments["tools"] = raw["tools"]
+    for name in ("tool_choice", "parallel_tool_calls"):
+        if raw.get(name) is not None:
+            if not raw.get("tools"):
+                if name == "tool_choice" and raw[name] not in ("auto", "none"):
+                    raise invalid(name, "there are no tools to choose from", "contradiction")
+                continue
+            arguments[name] = raw[name]
+    given = raw.get("chat_template_kwargs") or {}
+    rest = {k: v for k, v in given.items() if k != "enable_thinking" and v is not None}
+    if rest:
+        arguments["template_arguments"] = rest
+    return arguments
+
+
+class _Reply:
+    """Writes the replies to one request."""
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        self._body = body
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model or service.names[0],
+            "system_fingerprint": service.fingerprint,
+        }
+        self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._started = time.monotonic()
+
+    def whole(self, finished: list[Finished]) -> dict[str, Any]:
+        """The reply to a request that wants no stream."""
+        results = [one.result for one in finished]
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(index, one) for index, one in enumerate(finished)],
+            "usage": replies.usage([result.usage for result in results], len(results)),
+            "timings": replies.all_timings(results),
+        }
+
+    def _choice(self, index: int, finished: Finished) -> dict[str, Any]:
+        result = finished.result
+        message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+        if result.reasoning is not None:
+            message["reasoning_content"] = result.reasoning
+        if result.tool_calls:
+            message["content"] = result.text or None
+            message["tool_calls"] = [replies.tool_call(call) for call in result.tool_calls]
+        choice = {
+            "index": index,
+            "message": message,
+            "logprobs": replies.chat_logprobs(finished.logprobs) if self._body.logprobs else None,
+            "finish_reason": replies.finish_reason(result),
+        }
+        return choice | self._extras(result)
+
+    def _extras(self, result: Result) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if result.thinking_stopped_by is not None:
+            extras["thinking_stopped_by"] = result.thinking_stopped_by
+        if self._body.return_tokens:
+            extras["tokens"] = list(result.token_ids)
+        return extras
+
+    async def chunks(self, work: Work) -> AsyncIterator[bytes]:
+        """Server-sent events: roles, pieces, ends, usage."""
+        for index in range(self._body.n or 1):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        results: list[Result] = []
+        async for index, event in work.events():
+            if event is None:
+                yield replies.PING
+            elif isinstance(event, EndEvent):
+                results.append(event.result)
+                yield self._end(index, event.result)
+            elif (piece := self._piece(index, event)) is not None:
+                yield piece
+        if self._wants_usage:
+            usage = replies.usage([result.usage for result in results], len(results))
+            yield self._event({"choices": [], "usage": usage})
+
+    def _piece(self, index: int, event: Event) -> bytes | None:
+        if isinstance(event, TextEvent):
+            logprobs = replies.chat_logprobs(event.logprobs) if self._body.logprobs else None
+            return self._chunk(index, {"content": event.text}, logprobs=logprobs)
+        if isinstance(event, ReasoningEvent):
+            return self._chunk(index, {"reasoning_content": event.text})
+        if isinstance(event, ToolCallEvent):
+            return self._chunk(index, {"tool_calls": [replies.tool_call_delta(event)]})
+        if isinstance(event, ProgressEvent) and self._body.return_progress:
+            progress = {
+                "total": event.total,
+                "processed": event.done,
+                "time_ms": round(1000 * (time.monotonic() - self._started)),
+            }
+            return self._event({"choices": [], "prompt_progress": progress})
+        return None
+
+    def _end(self, index: int, result: Result) -> bytes:
+        choice = {
+            "index": index,
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": replies.finish_reason(result),
+            **self._extras(result),
+        }
+        timings = replies.timings(result.timings, result.usage.cached_tokens)
+        return self._event({"choices": [choice], "timings": timings})
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return self._event({"choices": [choice]})
+
+    def _event(self, members: dict[str, Any]) -> bytes:
+        chunk = {**self._head, "object": "chat.completion.chunk", **members}
+        if self._wants_usage:
+            chunk.setdefault("usage", None)
+        return replies.event(chunk)

@@ -1,0 +1,180 @@
+"""What all requests share: the model, its state, the queue, and the counts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import smolrun
+from smolrun.api import AsyncModel, AsyncStream, Model
+from smolrun.server.errors import ApiError, invalid, unavailable
+from smolrun.server.gate import Gate
+from smolrun.server.limits import Limits
+from smolrun.server.metrics import Metrics
+from smolrun.server.work import Work
+
+T = TypeVar("T")
+State = Literal["loading", "ready", "draining", "failed"]
+
+logger = logging.getLogger("smolrun.server")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What whoever starts a server decides."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # by which the model is asked for; none: what its files say
+    cors_origins: tuple[str, ...] = ()
+    parallel: int = 4  # answers that run side by side
+    limits: Limits = field(default_factory=Limits)
+
+
+class Service:
+    """One model behind HTTP. Used on the event loop's thread, but for `off_loop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.limits = settings.limits
+        self.state: State = "loading"
+        self.metrics = Metrics(self)
+        self.gate = Gate(settings.parallel + self.limits.queued_requests, "requests")
+        self.side_gate = Gate(self.limits.side_requests, "requests of this kind")
+        self.created = int(time.time())
+        self._model: AsyncModel | None = None
+        self._works: weakref.WeakSet[Work] = weakref.WeakSet()
+        # Templates and tokenizing: they hold the GIL for the most part, so more would not help.
+        self._workers = ThreadPoolExecutor(2, "smolrun-prepare")
+
+    def model(self, name: str | None = None) -> AsyncModel:
+        """The model that a request asks for.
+
+        Raises:
+            ApiError: 503 while it loads or the server ends; 404 where it has another name.
+        """
+        if self.state == "draining":
+            raise unavailable("The server is about to end; ask another.", "shutting_down")
+        if self.state == "failed":
+            raise unavailable("The model could not be loaded.", "load_failed", 30)
+        if self._model is None:
+            raise unavailable("The model is still being loaded; come back later.", "loading")
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"There is no model {name[:200]!r} here; there is {self.names[0]!r}.",
+                "model_not_found",
+                param="model",
+            )
+        return self._model
+
+    def ready(self, model: Model) -> None:
+        """The model is there; from now on requests are answered."""
+        self._model = AsyncModel(model)
+        if self.state == "loading":
+            self.state = "ready"
+
+    @property
+    def names(self) -> Sequence[str]:
+        """By which the model is asked for; the first is what replies call it."""
+        if self.settings.names:
+            return self.settings.names
+        return (self._model.model.name,) if self._model is not None else ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints and seeds mean equal answers, on the same machine."""
+        assert self._model is not None
+        loaded = self._model.model.loaded
+        identity = f"{loaded.name} {loaded.path and loaded.path.name} {loaded.config}"
+        short = hashlib.sha256(identity.encode()).hexdigest()[:10]
+        return f"smolrun-{smolrun.__version__}-{short}"
+
+    def work(self, choices: int, streams: Sequence[AsyncStream], param: str = "n") -> Work:
+        """Places for answers, taken before anything is computed for them.
+
+        Args:
+            choices: of each prompt.
+            streams: not started; one for each choice.
+            param: the field that says how many there are.
+
+        Raises:
+            ApiError: 429 where there is no place now, 400 where there never is.
+        """
+        if len(streams) > self.gate.places:
+            raise invalid(param, f"{len(streams)} answers, and there are {self.gate.places} places")
+        try:
+            place = self.gate.enter(len(streams))
+        except ApiError:
+            self.metrics.rejected.labels("queue_full").inc()
+            raise
+        self.metrics.choices.observe(choices)
+        work = Work(self.limits, self.metrics, place, streams, choices)
+        self._works.add(work)
+        return work
+
+    def abort(self) -> None:
+        """End all answers with an error."""
+        for work in list(self._works):
+            work.abort(unavailable("The server has ended.", "shutting_down"))
+
+    async def off_loop(self, function: Callable[[], T]) -> T:
+        """Run what takes long on a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """The same for requests that need no answer of the model; there may be so many of them."""
+        with self.side_gate.enter():
+            return await self.off_loop(function)
+
+    def statistics(self) -> dict[str, int]:
+        """Counts of the engine; nothing while it loads."""
+        return {} if self._model is None else self._model.model.statistics()
+
+    def close(self) -> None:
+        """Stop the model."""
+        self._workers.shutdown(wait=False)
+        if self._model is not None:
+            self._model.model.close()
+
+    async def drained(self) -> bool:
+        """Wait until the last answer has gone out; False where that takes longer than it may."""
+        deadline = time.monotonic() + self.limits.drain_seconds
+        while self.gate.taken or self.side_gate.taken:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def properties(self) -> dict[str, Any]:
+        """What `/props` tells."""
+        model = self.model().model
+        sampling = model.default_sampling
+        template = model.loaded.template
+        thinks = template is not None and template.supports_thinking
+        return {
+            "model_alias": self.names[0],
+            "n_ctx": model.context_size,
+            "total_slots": self.settings.parallel,
+            "build_info": f"smolrun {smolrun.__version__}",
+            "system_fingerprint": self.fingerprint,
+            "chat_template": template.source if template else None,
+            "default_generation_settings": {
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p,
+                "repeat_penalty": sampling.repeat_penalty,
+            },
+            "thinking": {"values": [True, False] if thinks else [False], "default": thinks},
+            "tools": template is not None and template.supports_tools,
+            "notes": list(model.notes),
+        }

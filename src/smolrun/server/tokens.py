@@ -1,0 +1,95 @@
+"""Text to token ids and back, what the template makes of messages, how likely texts are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from smolrun.server import replies
+from smolrun.server.endpoint import json_reply, read_body
+from smolrun.server.errors import invalid
+from smolrun.server.fields import thinking_of
+from smolrun.server.schema import (
+    DetokenizeRequest,
+    ScoreRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from smolrun.server.service import Service
+from smolrun.server.work import while_connected
+from smolrun.text import thinking as text_thinking
+
+
+async def tokenize(request: Request, service: Service) -> Response:
+    """Token ids of a text, or of what the model is given for a conversation."""
+    raw, body = await read_body(request, service, TokenizeRequest)
+    model = service.model(body.model).model
+    given = {
+        name: raw[name] for name in ("content", "prompt", "messages") if raw.get(name) is not None
+    }
+    if len(given) != 1:
+        raise invalid("content", "expected exactly one of content, prompt and messages")
+    ((name, value),) = given.items()
+
+    def run() -> dict[str, Any]:
+        if name == "messages":
+            ids = model.template.encode(value)
+        else:
+            ids = model.tokenize(value, parse_special=body.parse_special)
+        tokens: list[Any] = list(ids)
+        if body.with_pieces:
+            token_bytes = model.tokenizer.token_bytes
+            tokens = [{"id": i, "piece": replies.token_name(token_bytes(i))} for i in ids]
+        return {"tokens": tokens, "count": len(ids), "max_model_len": model.context_size}
+
+    return json_reply(await service.aside(run))
+
+
+async def detokenize(request: Request, service: Service) -> Response:
+    """The text of token ids."""
+    _, body = await read_body(request, service, DetokenizeRequest)
+    model = service.model(body.model).model
+    text = await service.aside(lambda: model.detokenize(body.tokens))
+    return json_reply({"content": text, "prompt": text})
+
+
+async def apply_template(request: Request, service: Service) -> Response:
+    """The text that the model is given for a conversation."""
+    raw, body = await read_body(request, service, TemplateRequest)
+    model = service.model(body.model).model
+    enabled = text_thinking.thinking_of(**thinking_of(body, body.chat_template_kwargs)).enabled
+    given = raw.get("chat_template_kwargs") or {}
+    arguments = {k: v for k, v in given.items() if k != "enable_thinking" and v is not None}
+
+    def run() -> str:
+        return model.template.render(
+            raw["messages"],
+            tools=raw.get("tools"),
+            enable_thinking=enabled,
+            add_generation_prompt=body.add_generation_prompt,
+            template_arguments=arguments,
+        )
+
+    return json_reply({"prompt": await service.aside(run)})
+
+
+async def score(request: Request, service: Service) -> Response:
+    """Log-probabilities of continuations of a prompt."""
+    _, body = await read_body(request, service, ScoreRequest)
+    model = service.model(body.model)
+    with service.side_gate.enter():
+        scores = await while_connected(request, model.score(body.prompt, body.choices))
+    data = [
+        {
+            "object": "score",
+            "index": index,
+            "logprob": replies.logprob(one.logprob),
+            "token_logprobs": [replies.logprob(value) for value in one.token_logprobs],
+            "greedy": one.greedy,
+        }
+        for index, one in enumerate(scores)
+    ]
+    name = body.model or service.names[0]
+    return json_reply({"object": "list", "model": name, "data": data})

@@ -1,0 +1,204 @@
+"""The answers of one request on the event loop: started, waited for, told piece by piece, let go.
+
+Whatever becomes of a request, its answers end with it: a client that has gone is noticed while
+it waits in the queue, while its prompt is read and while its answer is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import Request
+
+from smolrun.api import AsyncStream, EndEvent, Event, Result, TextEvent, TokenLogprob
+from smolrun.server.errors import ApiError, timed_out
+from smolrun.server.gate import Place
+from smolrun.server.limits import Limits
+
+if TYPE_CHECKING:
+    from smolrun.server.metrics import Metrics
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole answer."""
+
+    result: Result
+    logprobs: tuple[TokenLogprob, ...]  # of the tokens of its text, if they were asked for
+
+
+class Work:
+    """The answers of one request.
+
+    Args:
+        limits: how long they may take.
+        metrics: count them.
+        place: what they hold in the queue; given back as they end.
+        streams: one for each answer, not started yet.
+        choices: of each prompt, next to each other.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        metrics: Metrics,
+        place: Place,
+        streams: Sequence[AsyncStream],
+        choices: int,
+    ) -> None:
+        self.results: dict[int, Result] = {}  # of the answers that have ended
+        self._limits = limits
+        self._metrics = metrics
+        self._place = place
+        self._streams = streams
+        self._choices = choices
+        self._loop = asyncio.get_running_loop()
+        self._aborted: asyncio.Future[ApiError] = self._loop.create_future()
+        self._timer = self._loop.call_later(limits.total_seconds, self._expire)
+
+    async def start(self) -> None:
+        """Hand them to the engine.
+
+        Raises:
+            SmolrunError: what is wrong with the request.
+        """
+        try:
+            for stream in self._streams:  # one by one: the first error is the one that is told
+                await stream.start()
+        except BaseException:
+            self.close()
+            raise
+
+    async def all_finished(self, wants_logprobs: bool) -> list[Finished]:
+        """Wait for all of them.
+
+        Raises:
+            SmolrunError, ApiError: what ended one of them ends all.
+        """
+        waits = [self._finished(index, wants_logprobs) for index in range(len(self._streams))]
+        everything = asyncio.gather(*waits)
+        ends: set[asyncio.Future[Any]] = {everything, self._aborted}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._aborted.done():
+                raise self._aborted.result()
+            return everything.result()
+        finally:
+            everything.cancel()
+            with contextlib.suppress(BaseException):
+                await everything
+            self.close()
+
+    async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
+        """Events of all answers as they come, each with its answer's number.
+
+        None is a moment of silence, at which a sign of life is due.
+
+        Raises:
+            SmolrunError, ApiError: what ended one of them ends all.
+        """
+        waiting: asyncio.Queue[tuple[int, Event | None | Exception]] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            try:
+                async for event in self._streams[index]:
+                    waiting.put_nowait((index, event))
+            except Exception as error:
+                waiting.put_nowait((index, error))
+
+        async def tick() -> None:
+            while True:
+                await asyncio.sleep(self._limits.ping_seconds)
+                waiting.put_nowait((0, None))
+
+        async def abort() -> None:
+            waiting.put_nowait((0, await asyncio.shield(self._aborted)))
+
+        jobs: list[Coroutine[Any, Any, None]] = [pump(i) for i in range(len(self._streams))]
+        tasks = [asyncio.ensure_future(job) for job in (*jobs, tick(), abort())]
+        try:
+            while len(self.results) < len(self._streams):
+                index, event = await waiting.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, EndEvent):
+                    self._note(index, event.result)
+                yield index, event
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.close()
+
+    def abort(self, error: ApiError) -> None:
+        """End the answers with an error."""
+        if not self._aborted.done():
+            self._aborted.set_result(error)
+
+    def close(self) -> None:
+        """Cancel what still runs, and give all places back."""
+        self._timer.cancel()
+        for index, stream in enumerate(self._streams):
+            if index not in self.results:
+                stream.cancel()
+        self._place.leave()
+
+    async def _finished(self, index: int, wants_logprobs: bool) -> Finished:
+        stream = self._streams[index]
+        if not wants_logprobs:
+            result = await stream.result()
+            self._note(index, result)
+            return Finished(result, ())
+        logprobs: list[TokenLogprob] = []
+        async for event in stream:
+            if isinstance(event, TextEvent):
+                logprobs += event.logprobs
+            elif isinstance(event, EndEvent):
+                self._note(index, event.result)
+                return Finished(event.result, tuple(logprobs))
+        raise AssertionError("a stream ends with an EndEvent or an error")
+
+    def _expire(self) -> None:
+        self._metrics.rejected.labels("timeout").inc()
+        seconds = self._limits.total_seconds
+        self.abort(timed_out(f"The answer took longer than the {seconds:g} seconds it may take."))
+
+    def _note(self, index: int, result: Result) -> None:
+        self.results[index] = result
+        self._metrics.ended(result, index % self._choices == 0)
+        self._place.leave(1)
+
+
+async def while_connected(request: Request, wait: Coroutine[Any, Any, T]) -> T:
+    """The result of `wait`, which is cancelled when the client goes.
+
+    Raises:
+        ClientGone: it has.
+    """
+    task = asyncio.ensure_future(wait)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for other in (task, gone):
+            if not other.done():
+                other.cancel()
+                with contextlib.suppress(BaseException):
+                    await other
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
