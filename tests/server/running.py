@@ -53,8 +53,7 @@ class Running:
 
     def __enter__(self) -> Running:
         logger = logging.getLogger("smolrun.server")
-        self._logger_state = (logger.handlers, logger.level, logger.propagate)
-        logger.handlers, logger.propagate = [self.log], False
+        logger.addHandler(self.log)  # it sees what servers beside this one log, too
         logger.setLevel(logging.INFO)
         self._thread.start()
         assert self._started.wait(30)
@@ -68,9 +67,7 @@ class Running:
         self.server.should_exit = self.server.force_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
-        logger = logging.getLogger("smolrun.server")
-        logger.handlers, level, logger.propagate = self._logger_state
-        logger.setLevel(level)
+        logging.getLogger("smolrun.server").removeHandler(self.log)
 
     def _run(self) -> None:
         async def main() -> None:
