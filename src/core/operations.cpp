@@ -220,37 +220,53 @@ void store(const NormQkv& op, const StepContext& step, const Tiling::Part& part,
     }
 }
 
-// A chunk is whole heads, so that they are rotated and stored while they are still in the cache.
-void run(const NormQkv& op, const StepContext& step, Worker& worker) {
-    const int64_t tokens = step.arrays.tokens;
-    const int64_t columns = op.input.buffer.width;
-    const int64_t unit = step.dimensions.head_rows();
-    const Tiling q_tiling = tile(tokens, op.q.weights.rows, columns, unit, worker.threads());
-    const Tiling kv_tiling = tile(tokens, op.k.weights.rows, columns, unit, worker.threads());
-    const int64_t head_dim = step.dimensions.head_dim;
+// One part of K and V, and of q. A part is whole heads, so that they are rotated and stored while
+// they are still in the cache.
+void multiply_kv(const NormQkv& op, const StepContext& step, const ThreadScratch& scratch,
+                 const Activations& inputs, const Tiling::Part& part) {
+    float* const k = scratch.products;
+    float* const v = scratch.products + kProductFloats;
+    multiply(op.k, step, scratch, inputs, part, k, part.rows());
+    multiply(op.v, step, scratch, inputs, part, v, part.rows());
+    store(op, step, part, k, v);
+}
+void multiply_q(const NormQkv& op, const StepContext& step, const ThreadScratch& scratch,
+                const Activations& inputs, const Tiling::Part& part) {
+    float* const q = op.out.data + part.token_begin * op.out.width + part.row_begin;
+    multiply(op.q, step, scratch, inputs, part, q, op.out.width);
+    for (int64_t i = 0; op.rope && i < part.tokens; ++i) {
+        rotate(step, part.token_begin + i, q + i * op.out.width,
+               part.rows() / step.dimensions.head_dim);
+    }
+}
 
+Tiling tile_heads(const NormQkv& op, const LinkedMatrix& matrix, const StepContext& step,
+                  const Worker& worker) {
+    return tile(step.arrays.tokens, matrix.weights.rows, op.input.buffer.width,
+                step.dimensions.head_rows(), worker.threads());
+}
+
+void run(const NormQkv& op, const StepContext& step, Worker& worker) {
+    const Tiling q_tiling = tile_heads(op, op.q, step, worker);
+    const Tiling kv_tiling = tile_heads(op, op.k, step, worker);
     // K and V first: their chunks are the longer ones.
-    product_phase(
-        op.input, step, worker, tokens, q_tiling.panel, kv_tiling.chunks + q_tiling.chunks,
-        kSameToken, [&](int64_t chunk, auto&& inputs) {
-            const ThreadScratch& scratch = own(step, worker);
-            if (chunk < kv_tiling.chunks) {
-                const Tiling::Part part = kv_tiling.part(chunk);
-                float* const k = scratch.products;
-                float* const v = scratch.products + kProductFloats;
-                const Activations x = inputs(part.token_begin);
-                multiply(op.k, step, scratch, x, part, k, part.rows());
-                multiply(op.v, step, scratch, x, part, v, part.rows());
-                store(op, step, part, k, v);
-                return;
-            }
-            const Tiling::Part part = q_tiling.part(chunk - kv_tiling.chunks);
-            float* const q = op.out.data + part.token_begin * op.out.width + part.row_begin;
-            multiply(op.q, step, scratch, inputs(part.token_begin), part, q, op.out.width);
-            for (int64_t i = 0; op.rope && i < part.tokens; ++i) {
-                rotate(step, part.token_begin + i, q + i * op.out.width, part.rows() / head_dim);
-            }
-        });
+    product_phase(op.input, step, worker, step.arrays.tokens, q_tiling.panel,
+                  kv_tiling.chunks + q_tiling.chunks, kSameToken,
+                  [&](int64_t chunk, auto&& inputs) {
+                      const bool is_kv = chunk < kv_tiling.chunks;
+                      const Tiling::Part part =
+                          is_kv ? kv_tiling.part(chunk) : q_tiling.part(chunk - kv_tiling.chunks);
+                      (is_kv ? multiply_kv : multiply_q)(op, step, own(step, worker),
+                                                         inputs(part.token_begin), part);
+                  });
+}
+
+// Brings the rows of some tokens to the front.
+void gather(const std::vector<int32_t>& tokens, float* data, int64_t width) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        std::memmove(data + static_cast<int64_t>(i) * width, data + tokens[i] * width,
+                     static_cast<size_t>(width) * sizeof(float));
+    }
 }
 
 // Some successive tokens of one sequence, and `group` query heads from `head` on.
@@ -336,9 +352,11 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
         const int64_t end = std::min(begin + together, tokens);
         const int64_t head = chunk % groups * group;
         const auto& tables = step.arrays.block_tables;
+        const int32_t* const positions = step.arrays.positions;
         for (int64_t token = begin, next = begin; token < end; token = next) {
             while (next < end &&
-                   tables[static_cast<size_t>(next)] == tables[static_cast<size_t>(token)]) {
+                   tables[static_cast<size_t>(next)] == tables[static_cast<size_t>(token)] &&
+                   positions[next] - positions[token] == next - token) {
                 ++next;
             }
             step.kernels.attention(
@@ -414,6 +432,29 @@ int64_t Dimensions::head_rows() const { return std::lcm(head_dim, kGroupRows); }
 
 void run_operation(const Operation& operation, const StepContext& step, Worker& worker) {
     std::visit([&](const auto& op) { run(op, step, worker); }, operation);
+}
+
+void run_narrowing(const NormQkv& op, const Narrowing& narrowing, const StepContext& step,
+                   const StepContext& narrowed, Worker& worker) {
+    const auto products = [&](const StepContext& of, const LinkedMatrix& matrix, auto&& work) {
+        const Tiling tiling = tile_heads(op, matrix, of, worker);
+        product_phase(op.input, of, worker, of.arrays.tokens, tiling.panel, tiling.chunks,
+                      kSameToken, [&](int64_t chunk, auto&& inputs) {
+                          const Tiling::Part part = tiling.part(chunk);
+                          work(op, of, own(of, worker), inputs(part.token_begin), part);
+                      });
+    };
+    products(step, op.k, multiply_kv);
+    if (narrowed.arrays.tokens == 0) return;
+    worker.phase(1, [&](int64_t) {
+        const int64_t half = step.dimensions.head_dim / 2;
+        for (const Buffer& buffer : narrowing.buffers) {
+            gather(narrowing.tokens, buffer.data, buffer.width);
+        }
+        gather(narrowing.tokens, step.scratch.cosine, half);
+        gather(narrowing.tokens, step.scratch.sine, half);
+    });
+    products(narrowed, op.q, multiply_q);
 }
 
 }  // namespace smolrun

@@ -153,4 +153,15 @@ struct StepContext {
 
 void run_operation(const Operation& operation, const StepContext& step, Worker& worker);
 
+// What nobody looks at again is not computed: after K and V of the last layer, a step goes on with
+// the tokens whose logits are wanted. Their rows of all buffers come first then.
+struct Narrowing {
+    const std::vector<Buffer>& buffers;
+    const std::vector<int32_t>& tokens;  // indexes, rising
+};
+
+// norm_qkv where a step is narrowed: K and V of all tokens, q of those that it goes on with.
+void run_narrowing(const NormQkv& op, const Narrowing& narrowing, const StepContext& step,
+                   const StepContext& narrowed, Worker& worker);
+
 }  // namespace smolrun

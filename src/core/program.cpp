@@ -392,6 +392,12 @@ void Program::link() {
 
     Linker linker(spec_, kernels_, buffers);
     operations_ = linker.link();
+    last_norm_qkv_ = operations_.size();
+    for (size_t i = 0; i < operations_.size(); ++i) {
+        if (std::holds_alternative<NormQkv>(operations_[i])) last_norm_qkv_ = i;
+    }
+    buffers_.clear();
+    for (const auto& [name, buffer] : buffers) buffers_.push_back(buffer);
     hidden_size_ = linker.hidden_size();
     scratch_ = std::move(scratch);
     memory_ = std::move(memory);

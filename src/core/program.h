@@ -42,6 +42,9 @@ class Program {
     explicit Program(ProgramSpec spec);
 
     const std::vector<Operation>& operations() const { return operations_; }
+    // The last norm_qkv: what follows changes no K and V.
+    size_t last_norm_qkv() const { return last_norm_qkv_; }
+    const std::vector<Buffer>& buffers() const { return buffers_; }
     const Dimensions& dimensions() const { return dimensions_; }
     const Kernels& kernels() const { return kernels_; }
     const Scratch& scratch() const { return scratch_; }
@@ -63,6 +66,8 @@ class Program {
     Scratch scratch_;
     int64_t hidden_size_ = 0;
     std::vector<Operation> operations_;
+    size_t last_norm_qkv_ = 0;
+    std::vector<Buffer> buffers_;
 };
 
 }  // namespace smolrun

@@ -108,6 +108,30 @@ void Runner::prepare(const StepRequest& request) {
     arrays_.logits = request.logits;
     arrays_.hidden = request.hidden;
     check_slots(copied);
+    narrow();
+}
+
+void Runner::narrow() {
+    narrowed_tokens_ = logit_rows_;
+    std::sort(narrowed_tokens_.begin(), narrowed_tokens_.end());
+    narrowed_tokens_.erase(std::unique(narrowed_tokens_.begin(), narrowed_tokens_.end()),
+                           narrowed_tokens_.end());
+    narrowed_ = arrays_;
+    narrowed_.tokens = static_cast<int64_t>(narrowed_tokens_.size());
+    narrowed_.token_ids = nullptr;  // embedded before
+    narrowed_.block_tables.clear();
+    narrowed_positions_.clear();
+    for (const int32_t token : narrowed_tokens_) {
+        narrowed_positions_.push_back(positions_[static_cast<size_t>(token)]);
+        narrowed_.block_tables.push_back(arrays_.block_tables[static_cast<size_t>(token)]);
+    }
+    narrowed_.positions = narrowed_positions_.data();
+    narrowed_logit_rows_.clear();
+    for (const int32_t row : logit_rows_) {
+        const auto at = std::lower_bound(narrowed_tokens_.begin(), narrowed_tokens_.end(), row);
+        narrowed_logit_rows_.push_back(static_cast<int32_t>(at - narrowed_tokens_.begin()));
+    }
+    narrowed_.logit_rows = narrowed_logit_rows_.data();
 }
 
 void Runner::check_tokens(const StepRequest& request) const {
@@ -168,21 +192,48 @@ void Runner::check_logit_rows(const StepRequest& request) const {
 void Runner::run() {
     const DefaultFloatingPoint floating_point;
     program_.set_positions(arrays_.positions, arrays_.tokens);
-    const StepContext step{program_.dimensions(),
+    const auto context = [&](const StepArrays& arrays) {
+        return StepContext{program_.dimensions(),
                            program_.kernels(),
                            program_.scratch(),
                            kv_,
-                           arrays_,
+                           arrays,
                            squares_.empty() ? nullptr : squares_.data()};
-    if (profiling_) {
-        run_profiled(step);
+    };
+    const StepContext step = context(arrays_), narrowed = context(narrowed_);
+    if (!profiling_) {
+        team_->run([&](Worker& worker) { run_operations(step, narrowed, worker, [](size_t) {}); });
         return;
     }
+    profile_.start(team_->threads(), program_.operations().size());
     team_->run([&](Worker& worker) {
-        for (const Operation& operation : program_.operations()) {
-            run_operation(operation, step, worker);
-        }
+        int64_t before = 0;
+        run_operations(step, narrowed, worker, [&](size_t operation) {
+            const int64_t done = worker.chunks_done();
+            if (done > before) profile_.finished(worker.index(), operation);
+            before = done;
+        });
     });
+    profile_.stop();
+}
+
+// Calls finished(index) after each operation.
+template <class Finished>
+void Runner::run_operations(const StepContext& step, const StepContext& narrowed, Worker& worker,
+                            Finished&& finished) {
+    const std::vector<Operation>& operations = program_.operations();
+    // All inputs count where their squares are wanted.
+    const bool narrows = narrowed.arrays.tokens < step.arrays.tokens && step.squares == nullptr;
+    const size_t last = narrows ? program_.last_norm_qkv() : operations.size();
+    for (size_t i = 0; i < operations.size(); ++i) {
+        if (i == last) {
+            run_narrowing(std::get<NormQkv>(operations[i]), {program_.buffers(), narrowed_tokens_},
+                          step, narrowed, worker);
+        } else if (i < last || narrowed.arrays.tokens > 0) {
+            run_operation(operations[i], i < last ? step : narrowed, worker);
+        }
+        finished(i);
+    }
 }
 
 void Runner::collect_squares(bool on) {
@@ -197,19 +248,6 @@ void Runner::collect_squares(bool on) {
             operation);
         squares_.emplace_back(static_cast<size_t>(columns), 0.0);
     }
-}
-
-void Runner::run_profiled(const StepContext& step) {
-    const std::vector<Operation>& operations = program_.operations();
-    profile_.start(team_->threads(), operations.size());
-    team_->run([&](Worker& worker) {
-        for (size_t i = 0; i < operations.size(); ++i) {
-            const int64_t before = worker.chunks_done();
-            run_operation(operations[i], step, worker);
-            if (worker.chunks_done() > before) profile_.finished(worker.index(), i);
-        }
-    });
-    profile_.stop();
 }
 
 void Runner::check_blocks(const int32_t* blocks, int64_t count) const {

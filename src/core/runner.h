@@ -67,7 +67,10 @@ class Runner {
     int threads() const { return program_.dimensions().threads; }
 
   private:
-    void run_profiled(const StepContext& step);
+    void narrow();
+    template <class Finished>
+    void run_operations(const StepContext& step, const StepContext& narrowed, Worker& worker,
+                        Finished&& finished);
     void check_tokens(const StepRequest& request) const;
     void copy_tables(const StepRequest& request);
     void check_slots(const StepRequest& request);
@@ -91,6 +94,12 @@ class Runner {
     std::vector<int64_t> last_positions_;  // [sequence], -1 where it has no token
     std::vector<int64_t> table_begins_;    // [sequence], in tables_
     std::vector<int64_t> slots_;           // [tokens], block * 32 + slot that each writes
+
+    // What the step goes on with after K and V of the last layer (run_narrowing).
+    StepArrays narrowed_{};
+    std::vector<int32_t> narrowed_tokens_;      // indexes of tokens with logits, rising
+    std::vector<int32_t> narrowed_positions_;   // of these
+    std::vector<int32_t> narrowed_logit_rows_;  // [logit_row_count], indexes of these
 };
 
 }  // namespace smolrun

@@ -56,15 +56,17 @@ def test_a_context_adds_its_keys_and_values() -> None:
     assert work.operations == {"int16": 2 * (LAYERS_3B + HEAD_3B) + attention}
 
 
-def test_a_prompt_computes_the_head_once() -> None:
+def test_a_prompt_computes_only_what_its_last_token_needs_after_the_last_keys() -> None:
     work = counter("SmolLM2-135M", WeightType.F16).steps(chunks(512, 0, 256))
+    layer, keys = LAYERS_135M // 30, 2 * 192 * 576
     attended = 512 * 513 // 2
     assert work.operations == {
-        "f32": 2 * 512 * LAYERS_135M + 2 * HEAD_135M,
-        "int16": 30 * 4 * 576 * attended,
+        "f32": 2 * (512 * (29 * layer + keys) + layer - keys + HEAD_135M),
+        "int16": 4 * 576 * (29 * attended + 512),
     }
-    assert work.weight_bytes == 2 * 2 * LAYERS_135M + 2 * HEAD_135M + 512 * 2 * 576
-    assert work.kv_bytes == KV_135M * (512 + 256 + 512)
+    embedded = 512 * 2 * 576
+    assert work.weight_bytes == 2 * (2 * LAYERS_135M - (layer - keys) + HEAD_135M) + embedded
+    assert work.kv_bytes == KV_135M * (512 + 512) + KV_135M * 256 * 29 // 30
 
 
 def test_sequences_share_the_weights_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun import _core
-from smolrun.engine.native import BLOCK_TOKENS
+from smolrun.engine.native import BLOCK_TOKENS, Activations
 from smolrun.model.config import ModelConfig
 from smolrun.quant.types import WeightType
 from tests.native.models import (
@@ -253,6 +253,41 @@ def test_logits_only_of_the_rows_asked_for_and_their_hidden_states() -> None:
         # The tied head is the first matrix of the mix: logits follow from the hidden state.
         head = model.values["model.embed_tokens.weight"].astype(np.float64)
         assert rows == [] or nmse(found, hidden.astype(np.float64) @ head.T) < 1e-6
+
+
+@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("activations", ["exact", "fast"])
+def test_same_bits_after_chunks_that_want_no_logits_or_few(
+    isa: str, activations: Activations
+) -> None:
+    # The last layer is then computed for few tokens or none, all but its K and V.
+    config = small_config(num_hidden_layers=2)
+    model = Model.random(config, MIX)
+    tokens = random_tokens(config, 80)
+    blocks = blocks_for(80)[None]
+    every = step(
+        model.runner(isa=isa, activations=activations),
+        config,
+        tokens,
+        np.arange(80),
+        np.zeros(80),
+        blocks,
+    )
+    runner = model.runner(isa=isa, activations=activations, threads=2)
+    begin = 0
+    for count, rows in ((30, []), (1, []), (33, [32, 4, 5, 6]), (7, [0, 2]), (9, [8])):
+        end = begin + count
+        found = step(
+            runner,
+            config,
+            tokens[begin:end],
+            np.arange(begin, end),
+            np.zeros(count),
+            blocks,
+            rows,
+        )
+        assert np.array_equal(found, every[[begin + row for row in rows]])
+        begin = end
 
 
 def test_a_stale_block_changes_nothing_even_when_it_holds_nan() -> None:

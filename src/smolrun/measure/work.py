@@ -2,7 +2,8 @@
 
 Every weight is read once per step, and so are the keys and values of every sequence; a token that
 is looked up reads one row of the embedding. A multiplication and an addition are two operations.
-Norms, biases, RoPE and softmax, together well below a hundredth, are left out.
+Norms, biases, RoPE and softmax, together well below a hundredth, are left out. What follows K and V
+of the last layer is only computed for the tokens whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ class StepShape:
         """Tokens that the step's tokens look at, all together."""
         each = self.tokens * self.start + self.tokens * (self.tokens + 1) // 2
         return each * self.sequences
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences."""
+        return self.tokens * self.sequences
+
+    @property
+    def narrowed(self) -> StepShape:
+        """What the step goes on with after K and V of the last layer: the tokens with logits."""
+        last = self.start + self.tokens - 1
+        return StepShape(1, last, self.sequences if self.logits else 0, self.logits)
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,9 @@ class WorkCounter:
         self._program = program
         self._types = types
         self._bits = 8 if activations == "fast" else 16
+        last = max(i for i, op in enumerate(program.operations) if isinstance(op, NormQKV))
+        self._last = program.operations[last]
+        self._after_last = frozenset(program.operations[last + 1 :])
 
     def step(self, shape: StepShape) -> Work:
         """The work of a whole step."""
@@ -117,13 +132,17 @@ class WorkCounter:
     def operation(self, operation: Operation, shape: StepShape) -> Work:
         """The work of one operation of a step. ValueError for one that is not known."""
         config = self._program.config
-        rows = shape.tokens * shape.sequences
+        if operation in self._after_last:
+            shape = shape.narrowed
+        rows = shape.rows
         kv_row_bytes = config.kv_bytes_per_token // config.num_hidden_layers
         if isinstance(operation, Embed):
             columns = self._program.weights[operation.weight][1]
             return Work(rows * self._types[operation.weight].row_bytes(columns))
         if isinstance(operation, NormQKV):
-            products = self._products((operation.q, operation.k), rows, self._bits)
+            q_rows = shape.narrowed.rows if operation == self._last else rows
+            products = self._products((operation.q,), q_rows, self._bits)
+            products += self._products((operation.k,), rows, self._bits)
             products += self._products((operation.v,), rows, 16)  # V and head stay exact
             return products + Work(kv_bytes=rows * kv_row_bytes)
         if isinstance(operation, Attention):
@@ -135,12 +154,12 @@ class WorkCounter:
         if isinstance(operation, NormSwiGLU):
             return self._products((operation.gate, operation.up), rows, self._bits)
         if isinstance(operation, NormLogits):
-            if not shape.logits:
-                return Work()
-            return self._products((operation.weight,), shape.sequences, 16)
+            return self._products((operation.weight,), rows, 16)
         raise ValueError(f"no count for operation {operation.kind}")
 
     def _products(self, weights: Iterable[str], tokens: int, bits: int) -> Work:
+        if tokens == 0:
+            return Work()
         parts = []
         for name in weights:
             out, columns = self._program.weights[name]
