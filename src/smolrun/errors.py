@@ -9,6 +9,9 @@ SmolrunError
 ├── TemplateError (ValueError)         a chat template is broken, hostile, or refuses the messages
 ├── RequestError (ValueError)          an argument of one request; other requests go on
 │   └── ContextLengthError             prompt and answer do not fit the context
+├── QueueFullError                     too many requests are under way; it says when to come back
+├── DeadlineError (TimeoutError)       a request took longer than it may
+├── ClosedError                        the model is closed, or about to be
 ├── NonFiniteError (ArithmeticError)   a logit was not finite; only its request ends
 └── ResourceError (MemoryError)        memory, or an instruction set, that this machine lacks
 
@@ -60,6 +63,26 @@ class ContextLengthError(RequestError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_size = context_size
+
+
+class QueueFullError(SmolrunError):
+    """Too many requests are under way; come back in `retry_after` seconds (1 to 30)."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(SmolrunError, TimeoutError):
+    """A request took longer than it may; `started` says whether it ever ran."""
+
+    def __init__(self, message: str, *, started: bool) -> None:
+        super().__init__(message)
+        self.started = started
+
+
+class ClosedError(SmolrunError):
+    """The model is closed, or takes no more requests because it is about to be."""
 
 
 class NonFiniteError(SmolrunError, ArithmeticError):

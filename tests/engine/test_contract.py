@@ -18,6 +18,7 @@ from smolrun.engine.forward import Forward
 from smolrun.engine.native import Activations
 from smolrun.engine.runner import Int32Array, Runner
 from smolrun.engine.sampling import SampledToken, SamplingParameters, sampling_parameters
+from smolrun.engine.sequence import Terms
 from smolrun.errors import NonFiniteError
 from smolrun.quant.types import WeightType
 from tests.engine.fakes import TokenOutput, collect
@@ -168,7 +169,9 @@ def test_reused_blocks_leave_no_trace(model: Model) -> None:
     with engine_of(model, kv_blocks=CONTEXT // 32) as engine:
         for salt in (b"a", b"b", b"c"):  # with another salt nothing comes from the prefix cache
             for prompt, answer in zip(some, expected, strict=True):
-                request = engine.submit(prompt, parameters(GREEDY), TokenOutput(), salt=salt)
+                request = engine.submit(
+                    prompt, parameters(GREEDY), TokenOutput(), terms=Terms(salt=salt)
+                )
                 tokens, ending = collect(request)
                 assert tokens == answer
                 assert ending.cached_tokens == 0

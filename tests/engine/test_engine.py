@@ -14,7 +14,7 @@ import pytest
 from smolrun.engine.engine import Engine
 from smolrun.engine.forward import Forward
 from smolrun.engine.sampling import SampledToken
-from smolrun.engine.sequence import Ending
+from smolrun.engine.sequence import Ending, Terms
 from smolrun.errors import (
     ContextLengthError,
     NonFiniteError,
@@ -64,7 +64,7 @@ def engine() -> Any:
 def test_among_others_as_alone(chunk: int, arguments: dict[str, Any]) -> None:
     some = prompts(16)
     expected = [solo(prompt, arguments) for prompt in some]
-    engine = fake_engine(kv_blocks=128, max_step_tokens=chunk)
+    engine = fake_engine(kv_blocks=128, max_step_tokens=chunk, shared_chunk=chunk)
     fake_of(engine).hold()
     requests = [engine.submit(p, parameters(**arguments), TokenOutput()) for p in some]
     fake_of(engine).go_on()
@@ -108,7 +108,7 @@ def test_a_prefix_hit_gives_the_same(engine: Engine) -> None:
     tokens, ending = collect(engine.submit(longer, parameters(max_tokens=5), TokenOutput()))
     assert ending.cached_tokens >= len(prompt) // 32 * 32
     assert tokens == solo(longer, {"max_tokens": 5})
-    other = engine.submit(prompt, parameters(max_tokens=1), TokenOutput(), salt=b"x")
+    other = engine.submit(prompt, parameters(max_tokens=1), TokenOutput(), terms=Terms(salt=b"x"))
     assert collect(other)[1].cached_tokens == 0
 
 
@@ -198,7 +198,8 @@ def test_an_exception_stays_with_its_request(
     def explode_on_victim(tokens: Any, positions: Any) -> None:
         text = tokens.tolist()
         if stage == "prefill" and any(
-            text[i : i + len(victim)] == victim for i in range(len(text))
+            position == 0 and token == victim[0]
+            for position, token in zip(positions, text, strict=True)
         ):
             explode()
         if stage == "decode" and len(victim) + 3 in positions and expected[4][3].id in text:

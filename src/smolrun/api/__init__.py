@@ -16,7 +16,8 @@ from smolrun.engine.answer import (
     Usage,
 )
 from smolrun.engine.likelihood import ChoiceScore, Perplexity
-from smolrun.engine.sequence import Timings
+from smolrun.engine.places import Place
+from smolrun.engine.sequence import Terms, Timings
 from smolrun.model.config import ModelConfig
 from smolrun.text.tools import ToolCall
 
@@ -32,11 +33,13 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Perplexity",
+    "Place",
     "ProgressEvent",
     "ReasoningEvent",
     "Result",
     "SamplingArguments",
     "Stream",
+    "Terms",
     "TextArguments",
     "TextEvent",
     "Timings",

@@ -18,10 +18,13 @@ from smolrun.api.model import DEFAULT_MODEL, Model
 from smolrun.api.request import TextArguments
 from smolrun.api.stream import Stream
 from smolrun.engine.answer import EndEvent, Event, Result
+from smolrun.engine.engine import DEFAULT_TERMS
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from smolrun.engine.sequence import Terms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -111,7 +114,10 @@ class _Bell:
 
     def ring(self) -> None:
         """From any thread. RuntimeError: the loop is closed."""
-        if self._silent and self.loop is not None:
+        assert self.loop is not None
+        if self.loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        if self._silent:
             self._silent = False
             self.loop.call_soon_threadsafe(self.rung.set)
 
@@ -181,24 +187,35 @@ class AsyncModel:
     tokenize = _threaded(Model.tokenize)
     detokenize = _threaded(Model.detokenize)
     render = _threaded(Model.render)
+    drain = _threaded(Model.drain)
 
     @overload
     async def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
-        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[TextArguments],
     ) -> Result: ...
 
     @overload
     async def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **arguments: Unpack[TextArguments]
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[TextArguments],
     ) -> list[Result]: ...
 
     async def generate(
         self,
         prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
         **arguments: Unpack[TextArguments],
     ) -> Result | list[Result]:
         """As `Model.generate`: of one prompt, or of a list of prompts side by side."""
-        streams, single = await self._prepared(self.model.started, prompt, arguments)
+        streams, single = await self._prepared(self.model.started, prompt, terms, arguments)
         answers = [_adopted(stream) for stream in streams]
         try:
             results = [await answer.result() for answer in answers]

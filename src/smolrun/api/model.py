@@ -25,6 +25,7 @@ from smolrun.api.request import (
 )
 from smolrun.api.stream import Stream
 from smolrun.engine.answer import Result, TokenLogprob, described
+from smolrun.engine.engine import DEFAULT_TERMS
 from smolrun.engine.forward import Forward
 from smolrun.engine.likelihood import (
     WINDOW_TOKENS,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from smolrun.engine.native import Activations
+    from smolrun.engine.places import Place
+    from smolrun.engine.sequence import Terms
     from smolrun.files.checkpoint import Dtype
     from smolrun.text.chat import ChatTemplate
     from smolrun.text.tokenizer import Tokenizer
@@ -280,71 +283,103 @@ class Model:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
-        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[TextArguments],
     ) -> Result: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **arguments: Unpack[TextArguments]
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[TextArguments],
     ) -> list[Result]: ...
 
     def generate(
         self,
         prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
         **arguments: Unpack[TextArguments],
     ) -> Result | list[Result]:
         """Continue plain text, or token ids, without a chat template.
 
         Args:
             prompt: a text or a list of token ids; or a list of these, which run side by side.
+            terms: whose request it is, and how long it may take.
             arguments: see `TextArguments`.
 
         Raises:
             RequestError: an argument is wrong; the message begins with its name.
             ContextLengthError: a prompt does not fit the context.
             NonFiniteError: the model computed NaN or infinity.
+            QueueFullError, DeadlineError: there are limits (`limit_queue`, `terms`), and they are
+                reached. ClosedError: the model is closed.
         """
-        streams, single = self.started(prompt, arguments)
+        streams, single = self.started(prompt, terms, arguments)
         with contextlib.ExitStack() as stack:  # an error of one cancels the others
             for stream in streams:
                 stack.enter_context(stream)
             results = [stream.result() for stream in streams]
         return results[0] if single else results
 
-    def started(self, prompt: Any, arguments: Mapping[str, Any]) -> tuple[list[Stream], bool]:
+    def started(
+        self, prompt: Any, terms: Terms, arguments: Mapping[str, Any]
+    ) -> tuple[list[Stream], bool]:
         """The streams of `generate`, and whether `prompt` is a single one."""
         items: list[Any] = list(prompt) if _is_list(prompt) else []
         single = not items or not (isinstance(items[0], str) or _is_list(items[0]))
         prompts = [self._prompt_ids(item) for item in ([items or prompt] if single else items)]
         prepared = [prepare_text(self.loaded, ids, arguments) for ids in prompts]
-        return [self._submit(request) for request in prepared], single
+        return [self._submit(request, terms) for request in prepared], single
 
-    def chat(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Result:
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[ChatArguments],
+    ) -> Result:
         """Answer a conversation.
 
         Args:
             messages: objects with `role` and `content`, in order, or the text of a user's message.
+            terms: whose request it is, and how long it may take.
             arguments: see `ChatArguments`. Stop strings, structure and tools count in the answer,
                 not in the reasoning before it.
 
         Raises:
-            RequestError, ContextLengthError, NonFiniteError: as for `generate`.
+            RequestError, ContextLengthError, NonFiniteError, ...: as for `generate`.
             TemplateError: the model's template refuses the messages, tools or thinking.
         """
-        return self.stream(messages, **arguments).result()
+        return self.stream(messages, terms=terms, **arguments).result()
 
-    def stream(self, messages: Messages, **arguments: Unpack[ChatArguments]) -> Stream:
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[ChatArguments],
+    ) -> Stream:
         """The same as `chat`, piece by piece: an iterator of events, the last an `EndEvent`.
 
         Wrong arguments raise here, not at the first event.
         """
-        return self._submit(prepare_chat(self.loaded, messages, arguments))
+        return self._submit(prepare_chat(self.loaded, messages, arguments), terms)
 
     def stream_text(
-        self, prompt: str | Sequence[int], **arguments: Unpack[TextArguments]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+        **arguments: Unpack[TextArguments],
     ) -> Stream:
         """The same as `generate` of one prompt, piece by piece."""
-        return self._submit(prepare_text(self.loaded, self._prompt_ids(prompt), arguments))
+        return self._submit(prepare_text(self.loaded, self._prompt_ids(prompt), arguments), terms)
 
     # --- how likely texts are
 
@@ -446,6 +481,35 @@ class Model:
         tokenizer = self.loaded.tokenizer
         return tokenizer.bos_token_id if tokenizer and tokenizer.add_bos_token else None
 
+    # --- many callers
+
+    def limit_queue(self, requests: int | None = None, prompt_tokens: int | None = None) -> None:
+        """Turn requests away, with a QueueFullError, while many are under way.
+
+        Args:
+            requests: that may be prepared or wait beside the `max_sequences` that run.
+            prompt_tokens: of requests that wait; one may always wait. None is no limit.
+        """
+        engine = self.loaded.engine
+        engine.places.limit = None if requests is None else engine.max_sequences + requests
+        engine.places.token_limit = prompt_tokens
+
+    def reserve(self, count: int = 1) -> list[Place]:
+        """Places for requests that are still to be prepared, each to be handed on in `Terms`.
+
+        Raises:
+            QueueFullError: there are not so many. ClosedError: the model drains.
+        """
+        return self.loaded.engine.places.take(count)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests, but those that have a place, and wait for all to end.
+
+        Returns:
+            Whether they have; False where that takes longer than `timeout` seconds.
+        """
+        return self.loaded.engine.drain(timeout)
+
     def close(self) -> None:
         """Stop the model after its current step; answers under way end in an error."""
         self._finalizer()
@@ -468,7 +532,7 @@ class Model:
                 f"prompt: expected a text or token ids, got {prompt!r:.80}"
             ) from None
 
-    def _submit(self, request: PreparedRequest) -> Stream:
+    def _submit(self, request: PreparedRequest, terms: Terms) -> Stream:
         loaded = self.loaded
         return Stream(
             loaded.engine.submit(
@@ -476,6 +540,7 @@ class Model:
                 request.parameters,
                 request.answer,
                 stop_ids=loaded.stop_ids,
+                terms=terms,
                 constraint=request.constraint,
             )
         )

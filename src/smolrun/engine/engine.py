@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
@@ -19,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from smolrun.engine.kv import BlockPool, blocks_for
+from smolrun.engine.places import Places
 from smolrun.engine.runner import Runner
 from smolrun.engine.sampling import Constraint, SamplingParameters
 from smolrun.engine.scheduler import Chunk, Scheduler, step_arrays
-from smolrun.engine.sequence import FinishReason, Output, Request, Sequence
+from smolrun.engine.sequence import FinishReason, Output, Request, Sequence, Terms
 from smolrun.errors import (
+    ClosedError,
     ContextLengthError,
     NonFiniteError,
     RequestError,
@@ -32,6 +35,12 @@ from smolrun.errors import (
 )
 
 T = TypeVar("T")
+
+# Such a step takes about three times as long as one without a prompt, whatever the model: a
+# prompt token costs a tenth of a step of few rows. Smaller chunks lose hardly any speed
+# (docs/decisions.md).
+SHARED_CHUNK = 16
+DEFAULT_TERMS = Terms()
 
 
 class Engine:
@@ -45,6 +54,8 @@ class Engine:
         model: identity of the model, for the prefix cache.
         max_step_tokens: tokens of one step, at most.
         max_sequences: requests that share steps, at most; others wait their turn.
+        shared_chunk: prompt tokens of one step, at most, while others are generating; for each
+            of these two more.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class Engine:
         model: bytes = b"",
         max_step_tokens: int = 256,
         max_sequences: int = 16,
+        shared_chunk: int = SHARED_CHUNK,
     ) -> None:
         if blocks_for(context_size) > kv_blocks:
             raise ResourceError(
@@ -71,12 +83,16 @@ class Engine:
         self.pool = BlockPool(
             kv_blocks, model, max_cached=max(kv_blocks // 4, blocks_for(context_size))
         )
-        self._scheduler = Scheduler(self.pool, max_step_tokens, max_sequences)
+        self.max_sequences = max_sequences
+        self.places = Places()
+        self.on_step: Callable[[int], None] | None = None  # called with the tokens of each step
+        self._scheduler = Scheduler(self.pool, max_step_tokens, max_sequences, shared_chunk)
         self._logits = np.empty((max_sequences, vocab_size), np.float32)
         self._counts = dict.fromkeys(
             ("requests", "prompt_tokens", "cached_tokens", "completion_tokens"), 0
         )
-        self._counts |= dict.fromkeys(("cancelled", "corrupted", "failed", "steps"), 0)
+        self._counts |= dict.fromkeys(("cancelled", "corrupted", "expired", "failed"), 0)
+        self._counts |= dict.fromkeys(("steps", "step_tokens"), 0)
         self._inbox: list[tuple[Callable[[], None], Callable[[Exception], None]]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -92,7 +108,7 @@ class Engine:
         output: Output,
         *,
         stop_ids: Collection[int] = (),
-        salt: bytes = b"",
+        terms: Terms = DEFAULT_TERMS,
         constraint: Constraint | None = None,
     ) -> Request:
         """Start a request.
@@ -102,12 +118,14 @@ class Engine:
             parameters: how to sample.
             output: makes the events that the returned request yields.
             stop_ids: tokens that end the answer.
-            salt: requests with different salts share no prefix cache.
+            terms: whose it is, and how long it may take.
             constraint: of the tokens that are drawn.
 
         Raises:
             RequestError: the prompt is empty or holds a token outside the vocabulary.
             ContextLengthError: the prompt leaves no room for a token.
+            QueueFullError: too many requests, or prompt tokens, wait already.
+            ClosedError: the model is closed, or draining.
         """
         tokens = list(prompt)
         if not tokens:
@@ -120,10 +138,17 @@ class Engine:
         if len(tokens) >= self.context_size:
             raise ContextLengthError(len(tokens), self.context_size)
         sequence = Sequence(
-            tokens, parameters, stop_ids, self.context_size, output, salt, constraint
+            tokens, parameters, stop_ids, self.context_size, output, terms, constraint
         )
-        # The loop holds the sequence, not the request: a request that nobody holds is cancelled.
-        self._post(partial(self._scheduler.waiting.append, sequence), sequence.fail)
+        place = terms.place or self.places.take()[0]
+        sequence.place = place
+        try:
+            place.wait(len(tokens))
+            # The loop holds the sequence, not the request: one that nobody holds is cancelled.
+            self._post(partial(self._scheduler.add, sequence), partial(_refuse, sequence))
+        except SmolrunError:
+            place.leave()
+            raise
         return Request(sequence)
 
     def call(self, function: Callable[[], T]) -> T:
@@ -143,11 +168,23 @@ class Engine:
         """Counts since the start, and what is going on now."""
         return self._counts | {
             "running": len(self._scheduler.running),
-            "waiting": len(self._scheduler.waiting),
+            "waiting": self._scheduler.waiting,
+            "waiting_tokens": self.places.waiting_tokens,
+            "places_taken": self.places.taken,
+            "rejected": self.places.rejected,
             "kv_blocks": self.pool.num_blocks,
             "kv_blocks_held": self.pool.held,
             "kv_blocks_cached": self.pool.cached,
         }
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests, and wait for those under way.
+
+        Returns:
+            Whether all have ended; False where that takes longer than `timeout` seconds.
+        """
+        self.places.close()
+        return self.places.wait_until_free(timeout)
 
     @property
     def closed(self) -> bool:
@@ -174,7 +211,7 @@ class Engine:
             )
         with self._wake:
             if self._closed:
-                raise SmolrunError("the model is closed")
+                raise ClosedError("the model is closed")
             if self._thread is None:
                 thread = threading.Thread(target=self._loop, name="smolrun", daemon=True)
                 try:
@@ -199,7 +236,7 @@ class Engine:
             with self._wake:
                 self._closed = True
                 inbox, self._inbox = self._inbox, []
-            ending = SmolrunError("the model was closed before the answer was complete")
+            ending = ClosedError("the model was closed before the answer was complete")
             for sequence in self._scheduler.all():
                 self._fail(sequence, ending)
             for _, refuse in inbox:
@@ -219,23 +256,28 @@ class Engine:
 
     def _turn(self) -> None:
         scheduler = self._scheduler
+        now = time.perf_counter()
         for sequence in scheduler.all():
             if sequence.cancelled:
                 self._counts["cancelled"] += 1
                 self._finish(sequence, "cancelled")
+            elif (late := sequence.overdue(now)) is not None:
+                self._counts["expired"] += 1
+                self._fail(sequence, late)
         try:
             scheduler.admit()
         except Exception as error:
-            self._fail(scheduler.waiting[0], error)
+            self._fail(scheduler.first(), error)
         chunks = scheduler.plan()
         if chunks:
             self._step(chunks)
         elif scheduler.waiting:
             # Nothing runs that could give blocks back; only forward() holds some.
+            sequence = scheduler.first()
             self._fail(
-                scheduler.waiting[0],
+                sequence,
                 ResourceError(
-                    f"the request may need {blocks_for(scheduler.waiting[0].kv_tokens)} KV blocks "
+                    f"the request may need {blocks_for(sequence.kv_tokens)} KV blocks "
                     f"of {self.pool.num_blocks}, and forward() holds {self.pool.held}; "
                     "call clear_kv_cache(), or set a smaller max_tokens"
                 ),
@@ -266,6 +308,9 @@ class Engine:
                 self._fail(chunks[0].sequence, error)
             return
         self._counts["steps"] += 1
+        self._counts["step_tokens"] += len(step.tokens)
+        if self.on_step is not None:
+            self.on_step(len(step.tokens))
         logits = iter(self._logits)
         for chunk in chunks:
             try:
@@ -331,3 +376,12 @@ class Engine:
         if sequence.table is not None:
             self.pool.release(sequence.table)
             sequence.table = None
+        if sequence.place is not None:
+            sequence.place.leave()
+
+
+def _refuse(sequence: Sequence, error: Exception) -> None:
+    """The loop ended before it took the sequence in."""
+    if sequence.place is not None:
+        sequence.place.leave()
+    sequence.fail(error)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Tokens of context where the caller names no number. A request without max_tokens is promised
 # what the context leaves, so a larger one would let fewer requests run side by side.
 DEFAULT_CONTEXT = 32768
-MAX_SEQUENCES = 16  # requests that share steps
+MAX_SEQUENCES = 64  # requests that share steps
 MAX_STEP_TOKENS = 256
 
 # Model cards and the smollm repository; the file's own generation config comes before.

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from smolrun.engine.kv import BlockTable
+from smolrun.engine.places import Place
 from smolrun.engine.sampling import Constraint, SampledToken, Sampler, SamplingParameters
+from smolrun.errors import DeadlineError
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -47,6 +49,20 @@ class Ending:
     timings: Timings
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On what terms the engine serves a request.
+
+    Times are in seconds from its submission; None is as long as it takes.
+    """
+
+    key: str = ""  # whose it is: those of different keys take turns
+    salt: bytes = b""  # requests with different salts share no prefix cache
+    queue_seconds: float | None = None  # it may wait before it runs
+    total_seconds: float | None = None  # until its answer is complete
+    place: Place | None = None  # taken before; None takes one when it is submitted
+
+
 class Output(Protocol):
     """Turns tokens into the events that a caller sees. Called on the loop's thread.
 
@@ -72,7 +88,7 @@ class Sequence:
         stop_ids: tokens that end the answer.
         context_size: most tokens, prompt and answer.
         output: makes the events.
-        salt: sequences with different salts share no prefix cache.
+        terms: whose it is, and how long it may take.
         constraint: of the tokens that are drawn.
     """
 
@@ -83,7 +99,7 @@ class Sequence:
         stop_ids: Collection[int],
         context_size: int,
         output: Output,
-        salt: bytes = b"",
+        terms: Terms,
         constraint: Constraint | None = None,
     ) -> None:
         self.tokens = list(prompt)  # the prompt, then what was sampled
@@ -94,7 +110,9 @@ class Sequence:
         self.stop_ids: Collection[int] = () if parameters.ignore_eos else stop_ids
         self.sampler = Sampler(parameters, prompt, constraint)
         self.output = output
-        self.salt = salt
+        self.terms = terms
+        self.key, self.salt = terms.key, terms.salt
+        self.place = terms.place
         self.table: BlockTable | None = None  # None until it is let in
         self.computed = 0  # leading tokens whose K and V are in the cache
         self.cached_tokens = 0
@@ -105,6 +123,26 @@ class Sequence:
         self.notify: Callable[[], None] | None = None  # called after each
         self.submitted = time.perf_counter()
         self.admitted = self.first_token = self.last_token = self.submitted
+
+    def admit(self) -> None:
+        """It waits no longer."""
+        self.admitted = time.perf_counter()
+        if self.place is not None:
+            self.place.begin()
+
+    def overdue(self, now: float) -> DeadlineError | None:
+        """The error of a request that took longer than it may."""
+        waits, waited = self.table is None, now - self.submitted
+        queue_seconds, total_seconds = self.terms.queue_seconds, self.terms.total_seconds
+        if waits and queue_seconds is not None and waited > queue_seconds:
+            return DeadlineError(
+                f"the request waited longer than {queue_seconds:g} s for its turn", started=False
+            )
+        if total_seconds is not None and waited > total_seconds:
+            return DeadlineError(
+                f"the request took longer than {total_seconds:g} s", started=not waits
+            )
+        return None
 
     @property
     def kv_tokens(self) -> int:
