@@ -11,7 +11,7 @@ import pytest
 
 from smolrun.engine.answer import Answer, EndEvent, Result
 from smolrun.engine.engine import Engine
-from smolrun.engine.guide import Guide
+from smolrun.engine.guide import ChatGuide
 from smolrun.engine.runner import Float32Array
 from smolrun.engine.sampling import SamplingParameters, sampling_parameters
 from smolrun.engine.thinking import (
@@ -58,7 +58,7 @@ def answer(
     room = min(parameters.max_tokens or CONTEXT, CONTEXT - len(ids))
     stops = tokenizer.stop_ids()
     limiter = ThinkingLimiter(tokenizer, tokens_for_thinking(budget, room), stops)
-    guide = Guide(tokenizer, ids, limiter)
+    guide = ChatGuide(tokenizer, ids, limiter, None)
     output = Answer(tokenizer, ids, parameters, chat=True, guide=guide)
     engine = Engine(
         Speaker(tokenizer, wish),

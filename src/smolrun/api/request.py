@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from smolrun.engine.answer import Answer
-from smolrun.engine.guide import Guide
+from smolrun.engine.guide import ChatGuide, TextGuide
 from smolrun.engine.sampling import Constraint, SamplingParameters, sampling_parameters
 from smolrun.engine.thinking import ThinkingLimiter, tokens_for_thinking
 from smolrun.errors import RequestError, TemplateError
+from smolrun.text.structure import Structure, structure_of
 from smolrun.text.thinking import thinking_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from smolrun.engine.load import LoadedModel
     from smolrun.text.chat import ChatTemplate
+    from smolrun.text.grammar import Matcher
     from smolrun.text.thinking import ReasoningEffort
     from smolrun.text.tokenizer import Tokenizer
 
@@ -109,22 +111,18 @@ def as_messages(messages: Messages) -> Sequence[Mapping[str, Any]]:
     return messages
 
 
-_UNAVAILABLE = (
-    "response_format", "regex", "grammar", "choices", "tool_choice", "parallel_tool_calls",
-)  # fmt: skip
-
-
 def prepare_text(
     loaded: LoadedModel, prompt: list[int], arguments: Mapping[str, Any]
 ) -> PreparedRequest:
     """A request that continues token ids; arguments and errors as of `Model.generate`."""
     given = dict(arguments)
-    for name in _UNAVAILABLE:
-        if given.pop(name, None) is not None:
-            raise RequestError(f"{name}: not available yet")
+    structure = _structure(given)
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
-    answer = Answer(loaded.tokenizer, prompt, parameters, chat=False)
-    return PreparedRequest(prompt, parameters, answer, None)
+    guide = None
+    if structure is not None:
+        guide = TextGuide(_matcher(loaded, structure, parameters))
+    answer = Answer(loaded.tokenizer, prompt, parameters, chat=False, guide=guide)
+    return PreparedRequest(prompt, parameters, answer, guide)
 
 
 def prepare_chat(
@@ -132,15 +130,17 @@ def prepare_chat(
 ) -> PreparedRequest:
     """A request that answers a conversation; arguments and errors as of `Model.chat`."""
     given = dict(arguments)
-    for name in _UNAVAILABLE:
+    for name in ("tool_choice", "parallel_tool_calls"):
         if given.pop(name, None) is not None:
             raise RequestError(f"{name}: not available yet")
+    structure = _structure(given)
     thinking = thinking_of(
         given.pop("think", None),
         given.pop("thinking_budget", None),
         given.pop("reasoning_effort", None),
     )
-    prompt = template_of(loaded).encode(
+    template = template_of(loaded)
+    prompt = template.encode(
         as_messages(messages),
         tools=given.pop("tools", None),
         enable_thinking=thinking.enabled,
@@ -150,12 +150,29 @@ def prepare_chat(
     )
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
     tokenizer = tokenizer_of(loaded)
-    guide = None
-    if thinking.limited:
+    matcher = None if structure is None else _matcher(loaded, structure, parameters)
+    limiter = None
+    if thinking.limited or (
+        matcher and template.supports_thinking and thinking.enabled is not False
+    ):
         room = max(loaded.engine.context_size - len(prompt), 0)
         room = room if parameters.max_tokens is None else min(parameters.max_tokens, room)
-        budget = tokens_for_thinking(thinking.budget, room)
         stop_ids = () if parameters.ignore_eos else loaded.stop_ids
-        guide = Guide(tokenizer, prompt, ThinkingLimiter(tokenizer, budget, stop_ids))
+        limiter = ThinkingLimiter(tokenizer, tokens_for_thinking(thinking.budget, room), stop_ids)
+    guide = ChatGuide(tokenizer, prompt, limiter, matcher) if limiter or matcher else None
     answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide)
     return PreparedRequest(prompt, parameters, answer, guide)
+
+
+def _structure(given: dict[str, Any]) -> Structure | None:
+    """Takes the arguments that ask for a form out of `given`."""
+    names = ("response_format", "regex", "grammar", "choices")
+    return structure_of(**{name: given.pop(name, None) for name in names})
+
+
+def _matcher(loaded: LoadedModel, structure: Structure, parameters: SamplingParameters) -> Matcher:
+    if parameters.ignore_eos:
+        raise RequestError(f"ignore_eos and {structure.field} contradict each other")
+    if loaded.grammars is None:
+        raise RequestError(f"{structure.field}: {loaded.name} has no tokenizer")
+    return loaded.grammars.compile(structure.lark, structure.field)

@@ -167,7 +167,8 @@ class Answer:
         elif self._decoder is not None:
             text = self._decoder.push(token.id)
         text, stopped = self._stop.push(text)
-        return self._events(reasoning, text), stopped
+        complete = self._guide is not None and self._guide.complete
+        return self._events(reasoning, text), stopped or complete
 
     def finish(self, ending: Ending) -> list[Event]:
         """See `Output`."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from smolrun.model.program import Program
     from smolrun.quant.tensor import Tensor
     from smolrun.text.chat import ChatTemplate
+    from smolrun.text.grammar import GrammarCompiler
     from smolrun.text.tokenizer import Tokenizer
 
 # Tokens of context where the caller names no number. A request without max_tokens is promised
@@ -64,6 +65,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
+    grammars: GrammarCompiler | None  # None where there is no tokenizer
     sampling: SamplingParameters  # defaults of a request
     stop_ids: frozenset[int]
     threads: Limit
@@ -89,6 +91,7 @@ def load_model(
     _check_choice("activations", activations, get_args(Activations))
     from smolrun.files.names import resolve
     from smolrun.text.chat import ChatTemplate
+    from smolrun.text.grammar import GrammarCompiler
     from smolrun.text.tokenizer import Tokenizer
 
     path = resolve(name_or_path, progress=download_progress, offline=offline)
@@ -107,6 +110,7 @@ def load_model(
             weights = loading.finish(load_progress)
         engine = _started(plan, weights, isa, activations, max_sequences, str(checkpoint.path))
         eos = {*checkpoint.config.eos_token_ids, *_generation_eos(checkpoint)}
+        stop_ids = tokenizer.stop_ids(eos) if tokenizer else frozenset(eos)
         return LoadedModel(
             name=checkpoint.name,
             path=checkpoint.path,
@@ -115,8 +119,9 @@ def load_model(
             engine=engine,
             tokenizer=tokenizer,
             template=template,
+            grammars=GrammarCompiler(tokenizer, stop_ids) if tokenizer else None,
             sampling=_default_sampling(plan.config, checkpoint.generation, str(checkpoint.path)),
-            stop_ids=tokenizer.stop_ids(eos) if tokenizer else frozenset(eos),
+            stop_ids=stop_ids,
             threads=plan.threads,
             kv_plan=plan.kv,
             notes=plan.notes,
@@ -149,6 +154,7 @@ def load_config(
         engine=_started(plan, weights, isa, activations, max_sequences, config.model_type),
         tokenizer=None,
         template=None,
+        grammars=None,
         sampling=_default_sampling(config, {}, config.model_type),
         stop_ids=frozenset(config.eos_token_ids),
         threads=plan.threads,

@@ -90,10 +90,14 @@ class ThinkingLimiter:
         self._looping = False
         self._favoured: ThinkingStop = "model"
 
+    def has_room(self, tokens: int = 0) -> bool:
+        """Whether the budget holds both tags, after `tokens` tokens of white space."""
+        return self._budget >= tokens + len(self._open) + len(self._close)
+
     def before_reasoning(self, logits: Float32Array, tokens: int) -> Float32Array:
         """Where nothing has come but `tokens` tokens: begin to think only if there is room."""
         mute = [*self._mute(tokens), *self._tags[1:]]
-        if self._budget < tokens + len(self._open) + len(self._close):
+        if not self.has_room(tokens):
             mute.append(self._open[0])
         return _without(logits, mute)
 

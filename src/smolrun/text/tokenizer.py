@@ -134,6 +134,11 @@ class Tokenizer:
         """Texts of the control tokens, in order of their ids."""
         return tuple(self._added[token_id].content for token_id in sorted(self._special))
 
+    @property
+    def added_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that are found before text is cut: control tokens and markup."""
+        return tuple(sorted(self._added))
+
     @functools.cached_property
     def control_ids(self) -> tuple[int, ...]:
         """Ids of the control tokens."""
