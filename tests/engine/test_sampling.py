@@ -199,7 +199,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("seed", v) for v in (2**64, -1, 1.0)],
     *[("top_logprobs", v) for v in (21, -1)],
     *[(f"{kind}_penalty", v) for kind in ("presence", "frequency") for v in (1e9, -1e9, -2.1)],
-    *[("repeat_penalty", v) for v in (1e9, -1e9, 0)],
+    *[("repeat_penalty", v) for v in (1e9, -1e9, 0, 5e-324)],
     *[("logit_bias", {token: 1}) for token in (-1, VOCABULARY, 2**63, True, "a")],
     ("logit_bias", []),
     *[("logit_bias", v) for v in ({1: 101}, {1: math.nan}, {1: "1"}, dict.fromkeys(range(301), 1))],

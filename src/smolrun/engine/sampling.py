@@ -24,6 +24,7 @@ Float32Array = npt.NDArray[np.float32]
 
 REPEAT_WINDOW = 64  # last tokens, prompt included, that repeat_penalty looks at (as llama.cpp does)
 GREEDY_BELOW = 1e-5  # temperatures below this count as 0
+LEAST_PENALTY = 0.01  # a smaller repeat_penalty makes logits overflow
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_LOGIT_BIASES = 300
@@ -73,13 +74,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "top_k": (-1, 2**31 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "repeat_penalty": (0, 10),
+    "repeat_penalty": (LEAST_PENALTY, 10),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "seed": (0, 2**64 - 1),
     "top_logprobs": (0, MAX_TOP_LOGPROBS),
 }
-_EXCLUSIVE = ("top_p", "repeat_penalty")  # whose lowest value is itself out of range
+_EXCLUSIVE = ("top_p",)  # whose lowest value is itself out of range
 _INTEGERS = ("max_tokens", "top_k", "seed", "top_logprobs")
 _FLAGS = ("logprobs", "ignore_eos")
 _OPTIONAL = ("max_tokens", "seed")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from smolrun.engine.sampling import (
+    LEAST_PENALTY,
     MAX_LOGIT_BIASES,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
@@ -16,6 +17,25 @@ from smolrun.server.limits import Limits
 
 _LIMITS = Limits()
 _INT32 = 2**31 - 1
+
+
+def _only(value: bool, why: str) -> AfterValidator:
+    """For a flag that can have one value. `Literal[False]` would take 0, which equals it."""
+
+    def check(given: bool) -> bool:
+        if given is not value:
+            raise ValueError(why)
+        return given
+
+    return AfterValidator(check)
+
+
+_TRUE = WithJsonSchema({"type": "boolean", "const": True})
+_FALSE = WithJsonSchema({"type": "boolean", "const": False})
+StoresNothing = Annotated[bool, _only(False, "nothing is stored"), _FALSE]
+UsesCache = Annotated[bool, _only(True, "prompts are always looked for in the cache"), _TRUE]
+OpensTurn = Annotated[bool, _only(True, "the answer's turn is always opened"), _TRUE]
+ContinuesNothing = Annotated[bool, _only(False, "not supported; see /v1/completions"), _FALSE]
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -61,15 +81,15 @@ class Generation(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=10)] | None = None
     ignore_eos: bool | None = None
     return_tokens: bool | None = None
     return_progress: bool | None = None
-    cache_prompt: Literal[True] | None = None
+    cache_prompt: UsesCache | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: StoresNothing | None = None
 
 
 class TextPart(Strict):
@@ -233,8 +253,8 @@ class ChatRequest(Generation, ThinkingFields, Conversation, Structured):
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_format: Literal["auto", "deepseek"] | None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    add_generation_prompt: OpensTurn | None = None
+    continue_final_message: ContinuesNothing | None = None
 
 
 Prompts = Annotated[
