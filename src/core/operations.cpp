@@ -5,10 +5,16 @@
 #include <cstring>
 #include <numeric>
 
+#include "pack.h"
+
 namespace smolrun {
 namespace {
 
 constexpr int64_t kChunksPerThread = 4;
+// Weights that are asked for before a phase starts: at most, at a time, and with its first chunk.
+constexpr int64_t kMostAhead = 128 * 1024;
+constexpr int64_t kAskedTogether = 512;
+constexpr int64_t kAskedFirst = 8 * 1024;
 // A tile of prepared inputs stays in the second-level cache while weights stream past it.
 constexpr int64_t kTileBytes = 384 * 1024;
 
@@ -119,15 +125,35 @@ void add_squares(const float* values, int64_t tokens, int64_t columns, int64_t b
     }
 }
 
+// Weights from some row on.
+struct WeightsAhead {
+    const std::byte* next;
+    const std::byte* end;
+
+    WeightsAhead(const Matrix& matrix, int64_t row) {
+        const int64_t bytes = group_bytes(matrix.type, matrix.columns);
+        next = matrix.data + row / kGroupRows * bytes;
+        end = std::min(next + kMostAhead, matrix.data + row_groups(matrix.rows) * bytes);
+    }
+    // Asks for some of them; false where nothing is left.
+    bool ask(int64_t bytes) {
+        for (const std::byte* const until = std::min(end, next + bytes); next < until; next += 64) {
+            __builtin_prefetch(next, 0, 2);  // into the second-level cache
+        }
+        return next < end;
+    }
+};
+
 // A phase of products over the prepared inputs of `tokens` tokens:
 // work(chunk, inputs(first token)). `source_token(i)` is where token i stands in the input buffer.
 //
 // The input of a single token is prepared by every thread for itself: less work than waiting for
-// one that does it.
-template <class SourceToken, class Work>
+// one that does it. Then memory bounds the step, and must not rest while a thread waits for another
+// or prepares: weights_of(chunk) are asked for.
+template <class SourceToken, class WeightsOf, class Work>
 void product_phase(const LinkedInput& input, const StepContext& step, Worker& worker,
                    int64_t tokens, int64_t panel, int64_t chunks, SourceToken&& source_token,
-                   Work&& work) {
+                   WeightsOf&& weights_of, Work&& work) {
     const bool alone = tokens == 1 && step.squares == nullptr;
     const InputScratch& scratch =
         alone ? step.scratch.threads[static_cast<size_t>(worker.index())].input
@@ -137,8 +163,14 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
         work(chunk, [&](int64_t token) { return view(input, scratch, values, panel, token); });
     };
     if (alone) {
+        // Whoever opens the phase is the first to take a chunk, and waits for nothing.
+        WeightsAhead ahead = weights_of(std::min<int64_t>(chunks - 1, std::max(worker.index(), 1)));
         worker.phase(
-            chunks, [&] { prepare_input(input, step, source_token(0), 0, panel, scratch); },
+            chunks, [&] { return ahead.ask(kAskedTogether); },
+            [&](int64_t chunk) {
+                weights_of(chunk).ask(kAskedFirst);
+                prepare_input(input, step, source_token(0), 0, panel, scratch);
+            },
             multiply);
         return;
     }
@@ -159,6 +191,12 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
         });
     }
     worker.phase(chunks, multiply);
+}
+
+// The weights that a chunk starts with.
+auto first_rows(const LinkedMatrix& matrix, const Tiling& tiling) {
+    return
+        [&](int64_t chunk) { return WeightsAhead(matrix.weights, tiling.part(chunk).row_begin); };
 }
 
 constexpr auto kSameToken = [](int64_t token) { return token; };
@@ -250,8 +288,13 @@ void run(const NormQkv& op, const StepContext& step, Worker& worker) {
     const Tiling q_tiling = tile_heads(op, op.q, step, worker);
     const Tiling kv_tiling = tile_heads(op, op.k, step, worker);
     // K and V first: their chunks are the longer ones.
+    const auto weights_of = [&](int64_t chunk) {
+        return chunk < kv_tiling.chunks
+                   ? WeightsAhead(op.k.weights, kv_tiling.part(chunk).row_begin)
+                   : WeightsAhead(op.q.weights, q_tiling.part(chunk - kv_tiling.chunks).row_begin);
+    };
     product_phase(op.input, step, worker, step.arrays.tokens, q_tiling.panel,
-                  kv_tiling.chunks + q_tiling.chunks, kSameToken,
+                  kv_tiling.chunks + q_tiling.chunks, kSameToken, weights_of,
                   [&](int64_t chunk, auto&& inputs) {
                       const bool is_kv = chunk < kv_tiling.chunks;
                       const Tiling::Part part =
@@ -297,7 +340,7 @@ int64_t segments_of(const StepContext& step, int64_t token) {
 }
 
 // A few tokens that look far back: the segments of each are computed by whoever is free, then
-// merged.
+// merged. A chunk is some successive segments of a head, so that memory is asked for across them.
 void run_by_segments(const Attention& op, const StepContext& step, Worker& worker,
                      int64_t segments) {
     const Dimensions& d = step.dimensions;
@@ -305,19 +348,29 @@ void run_by_segments(const Attention& op, const StepContext& step, Worker& worke
     const int64_t segment_floats = d.num_attention_heads * partial_floats;
     float* const partials = step.scratch.partials;  // [segment][head][head_dim + 16]
 
-    worker.phase(segments * d.num_key_value_heads, [&](int64_t chunk) {
-        const int64_t head = chunk % d.num_key_value_heads * d.group();
-        const int64_t slot = chunk / d.num_key_value_heads;
-        int64_t token = 0, segment = slot;
+    const int64_t kv_heads = d.num_key_value_heads;
+    const int64_t together =
+        std::max<int64_t>(1, segments * kv_heads / (worker.threads() * 2 * kChunksPerThread));
+    worker.phase(ceil_div(segments, together) * kv_heads, [&](int64_t chunk) {
+        const int64_t head = chunk % kv_heads * d.group();
+        const int64_t begin = chunk / kv_heads * together;
+        int64_t token = 0, segment = begin;
         while (segment >= segments_of(step, token)) segment -= segments_of(step, token++);
-        step.kernels.attend_segment(attention_task(op, step, worker, token, 1, head, d.group()),
-                                    segment,
-                                    partials + slot * segment_floats + head * partial_floats);
+        for (int64_t slot = begin; slot < std::min(begin + together, segments); ++slot) {
+            step.kernels.attend_segment(attention_task(op, step, worker, token, 1, head, d.group()),
+                                        segment,
+                                        partials + slot * segment_floats + head * partial_floats);
+            if (++segment < segments_of(step, token)) continue;
+            segment = 0;
+            ++token;
+        }
     });
-    worker.phase(step.arrays.tokens, [&](int64_t token) {
+    worker.phase(step.arrays.tokens * kv_heads, [&](int64_t chunk) {
+        const int64_t token = chunk / kv_heads;
         int64_t first = 0;
         for (int64_t i = 0; i < token; ++i) first += segments_of(step, i);
-        for (int64_t head = 0; head < d.num_attention_heads; ++head) {
+        const int64_t begin = chunk % kv_heads * d.group();
+        for (int64_t head = begin; head < begin + d.group(); ++head) {
             step.kernels.merge_segments(partials + first * segment_floats + head * partial_floats,
                                         segments_of(step, token), segment_floats, d.head_dim,
                                         op.out.data + token * op.out.width + head * d.head_dim);
@@ -370,7 +423,7 @@ void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
     const Tiling tiling =
         tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, worker.threads());
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
-                  [&](int64_t chunk, auto&& inputs) {
+                  first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
                       multiply(op.matrix, step, scratch, inputs(part.token_begin), part,
@@ -388,7 +441,7 @@ void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
     const Tiling tiling =
         tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, worker.threads());
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
-                  [&](int64_t chunk, auto&& inputs) {
+                  first_rows(op.gate, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
                       float* const gate = scratch.products;
@@ -413,7 +466,7 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
     const Tiling tiling = tile(rows, vocab_size, columns, 0, worker.threads());
     const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
     product_phase(op.input, step, worker, rows, tiling.panel, tiling.chunks, source_token,
-                  [&](int64_t chunk, auto&& inputs) {
+                  first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const Tiling::Part part = tiling.part(chunk);
                       const Activations x = inputs(part.token_begin);
                       multiply(op.matrix, step, own(step, worker), x, part,
@@ -439,7 +492,7 @@ void run_narrowing(const NormQkv& op, const Narrowing& narrowing, const StepCont
     const auto products = [&](const StepContext& of, const LinkedMatrix& matrix, auto&& work) {
         const Tiling tiling = tile_heads(op, matrix, of, worker);
         product_phase(op.input, of, worker, of.arrays.tokens, tiling.panel, tiling.chunks,
-                      kSameToken, [&](int64_t chunk, auto&& inputs) {
+                      kSameToken, first_rows(matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                           const Tiling::Part part = tiling.part(chunk);
                           work(op, of, own(of, worker), inputs(part.token_begin), part);
                       });

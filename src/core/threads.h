@@ -53,6 +53,9 @@ class Team {
     void stop();
     void carry_out(int index) noexcept;
     void fail(std::exception_ptr error) noexcept;
+    bool is_open(uint32_t phase) const {
+        return completed_.load(std::memory_order_relaxed) >= phase;
+    }
     void await_phase(uint32_t phase) const;
 
     // Tickets below `end`: whether there is one, and the next, or -1.
@@ -101,19 +104,22 @@ class Worker {
     // The next phase: work(chunk) for every chunk in [0, chunks), each by one of the threads.
     template <class Work>
     void phase(int64_t chunks, Work&& work) {
-        phase(chunks, [] {}, work);
+        phase(chunks, [] { return false; }, [](int64_t) {}, work);
     }
 
-    // Likewise; `prepare` runs once on each thread that gets a chunk, before its first.
-    template <class Prepare, class Work>
-    void phase(int64_t chunks, Prepare&& prepare, Work&& work) {
+    // Likewise. `meanwhile` is called while the phase before is not done, until it returns false,
+    // and should return soon; `prepare`, once on each thread that gets a chunk, before its first.
+    template <class Meanwhile, class Prepare, class Work>
+    void phase(int64_t chunks, Meanwhile&& meanwhile, Prepare&& prepare, Work&& work) {
         if (chunks <= 0) return;
         const int64_t end = begin_ + chunks;
         int64_t finished = 0;
         if (team_.chunks_left(end)) {
+            while (!team_.is_open(phase_) && meanwhile()) {
+            }
             team_.await_phase(phase_);
             for (int64_t ticket = team_.take(end); ticket >= 0; ticket = team_.take(end)) {
-                if (finished == 0) prepare();
+                if (finished == 0) prepare(ticket - begin_);
                 work(ticket - begin_);
                 ++finished;
             }

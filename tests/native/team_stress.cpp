@@ -23,11 +23,25 @@ bool phases_are_ordered(smolrun::Team& team, int steps) {
         team.run([&](smolrun::Worker& worker) {
             for (int phase = 0; phase < kPhases; ++phase) {
                 const int64_t chunks = 1 + phase % 13;
-                worker.phase(chunks, [&](int64_t) {
-                    for (const int64_t value : values) {
-                        if (value != step * kPhases + phase) ++wrong;
-                    }
-                });
+                int calls = 0, prepared = 0;
+                int64_t first = -1;
+                worker.phase(
+                    chunks,
+                    [&] {
+                        if (prepared != 0) ++wrong;  // it is for the time before
+                        return ++calls < 3;
+                    },
+                    [&](int64_t chunk) {
+                        ++prepared;
+                        first = chunk;
+                    },
+                    [&](int64_t chunk) {
+                        if (prepared != 1 || chunk < first) ++wrong;
+                        for (const int64_t value : values) {
+                            if (value != step * kPhases + phase) ++wrong;
+                        }
+                    });
+                if (calls > 3) ++wrong;
                 worker.phase(0, [&](int64_t) { ++wrong; });
                 worker.phase(chunks, [&](int64_t chunk) {
                     for (size_t i = static_cast<size_t>(chunk); i < values.size();
