@@ -103,7 +103,7 @@ class Running:
 
     def settled(self, seconds: float = 10) -> bool:
         """Wait until nothing runs or waits."""
-        return eventually(lambda: not self.service.gate.taken and self._idle(), seconds)
+        return eventually(lambda: not self.service.places_taken and self._idle(), seconds)
 
     def _idle(self) -> bool:
         found = self.statistics()

@@ -158,6 +158,22 @@ def test_every_route_wants_a_key(guarded: Running, stranger: httpx.Client) -> No
     assert stranger.post(CHAT, content=b"{" * 1000).status_code == 401
 
 
+def test_keys_share_no_cache(guarded: Running, stranger: httpx.Client) -> None:  # ISO-03
+    prompt = "The sky is blue because air scatters short waves of light. " * 20
+
+    def cached(key: str, **fields: object) -> int:
+        body = {"prompt": prompt, "max_tokens": 1, **fields}
+        headers = {"authorization": f"Bearer {key}"}
+        usage = stranger.post("/v1/completions", json=body, headers=headers).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(KEYS[0]) == 0
+    assert cached(KEYS[0]) > 100
+    assert cached(KEYS[1]) == 0
+    assert cached(KEYS[1]) > 100
+    assert cached(KEYS[1], cache_prompt=False) == 0
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_others_are_let_in_with_a_key_only(
     host: str, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -24,10 +25,13 @@ QUEUE = 8
 
 
 @pytest.fixture(scope="module")
-def small(model: Model) -> Iterator[Running]:
-    """Four answers at a time, eight more may wait."""
-    limits = replace(Limits(), queued_requests=QUEUE)
-    with Running(model, Settings(limits=limits)) as running:
+def small(folder: Path) -> Iterator[Running]:
+    """Four answers at a time, eight more may wait, and these have 1000 tokens at most."""
+    limits = replace(Limits(), queued_requests=QUEUE, queued_tokens=1000)
+    with (
+        Model(folder, threads=1, max_sequences=4) as model,
+        Running(model, Settings(limits=limits)) as running,
+    ):
         yield running
 
 
@@ -75,12 +79,10 @@ def test_a_full_queue(small: Running) -> None:  # SRV-01, SRV-08
 
 def test_places_are_exact(small: Running) -> None:
     """At and above the limit, for requests of several answers too."""
-    gate = small.service.gate
-    assert gate.places == 4 + QUEUE
     body = {"prompt": ["a"] * 6, "n": 2, "max_tokens": 60, "ignore_eos": True}
     with slowed(small.model, 0.02), ThreadPoolExecutor(1) as pool:
         full = pool.submit(small.post, "/v1/completions", body)
-        assert eventually(lambda: gate.taken == 12)
+        assert eventually(lambda: small.service.places_taken == 12)
         assert small.post(CHAT, GREEDY).status_code == 429
         assert full.result().status_code == 200
     reply = small.post("/v1/completions", {"prompt": ["a"] * 7, "n": 2})
@@ -89,10 +91,34 @@ def test_places_are_exact(small: Running) -> None:
     small.check_health()
 
 
+def test_prompt_tokens_that_wait(small: Running) -> None:
+    """At and above the limit; one prompt may always wait."""
+
+    def waiting() -> int:
+        return small.statistics()["waiting_tokens"]
+
+    def ask(tokens: int) -> httpx.Response:
+        return small.post("/v1/completions", {"prompt": [5] * tokens, "max_tokens": 1})
+
+    body = {"prompt": ["a"] * 4, "max_tokens": 200, "ignore_eos": True}
+    with slowed(small.model, 0.02), ThreadPoolExecutor(3) as pool:
+        four = pool.submit(small.post, "/v1/completions", body)
+        assert eventually(lambda: small.statistics()["running"] == 4)
+        first = pool.submit(ask, 600)
+        assert eventually(lambda: waiting() == 600)
+        second = pool.submit(ask, 400)
+        assert eventually(lambda: waiting() == 1000)
+        refused = ask(1)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert [one.result().status_code for one in (four, first, second)] == [200] * 3
+    small.check_health()
+
+
 def test_side_requests_have_a_limit_of_their_own(model: Model) -> None:
     limits = replace(Limits(), side_requests=1)
     with Running(model, Settings(limits=limits)) as running:
-        place = running.service.side_gate.enter()
+        (place,) = running.service.side_places.take()
         assert running.post("/tokenize", {"content": "a"}).status_code == 429
         assert running.post("/v1/score", {"prompt": "a", "choices": ["b"]}).status_code == 429
         assert running.post(CHAT, GREEDY).status_code == 200
@@ -113,6 +139,27 @@ def test_a_total_time(model: Model) -> None:  # SRV-05
         assert '"code":"timeout"' in reply.text
         assert reply.text.endswith("data: [DONE]\n\n")
         assert running.settled()
+        running.check_health()
+
+
+def test_a_time_in_the_queue(folder: Path) -> None:  # SRV-05
+    limits = replace(Limits(), queue_seconds=0.3)
+    with (
+        Model(folder, threads=1, max_sequences=1) as model,
+        Running(model, Settings(limits=limits, parallel=1)) as running,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with slowed(model, 0.02):
+            body = {**GREEDY, "max_tokens": 60, "ignore_eos": True}
+            first = pool.submit(running.post, CHAT, body)
+            assert eventually(lambda: running.statistics()["running"] == 1)
+            reply = running.post(CHAT, GREEDY)
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "queue_timeout"
+            assert reply.headers["retry-after"]
+            streamed = running.post(CHAT, {**GREEDY, "stream": True})
+            assert '"code":"queue_timeout"' in streamed.text
+            assert first.result().status_code == 200
         running.check_health()
 
 
@@ -156,9 +203,12 @@ def test_slow_headers(model: Model) -> None:  # SRV-09
         # A second request of a connection has its own time.
         with socket.create_connection((running.host, running.port), 10) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += connection.recv(65536)
+            assert reply.startswith(b"HTTP/1.1 200")
             connection.sendall(b"GET /hea")
-            assert connection.recv(65536) in (b"", b"{")
+            assert connection.recv(65536) == b""
         running.check_health()
 
 

@@ -20,7 +20,7 @@ from smolrun.api import (
     ToolCallEvent,
 )
 from smolrun.server import replies
-from smolrun.server.endpoint import EventStream, json_reply, read_body
+from smolrun.server.endpoint import EventStream, client_of, json_reply, read_body
 from smolrun.server.errors import invalid
 from smolrun.server.fields import sampling_of, seeds_of, structure_of, thinking_of
 from smolrun.server.schema import ChatRequest
@@ -34,10 +34,12 @@ async def chat_completions(request: Request, service: Service) -> Response:
     model = service.model(body.model)
     count = body.n or 1
     arguments = _arguments(raw, body)
-    work = service.work(
-        count,
-        [model.stream(raw["messages"], **{**arguments, "seed": s}) for s in seeds_of(body, count)],
-    )
+    terms = service.terms(body, client_of(request), count)
+    streams = [
+        model.stream(raw["messages"], terms=one, **{**arguments, "seed": seed})
+        for one, seed in zip(terms, seeds_of(body, count), strict=True)
+    ]
+    work = service.work(streams, count)
     await while_connected(request, work.start())
     reply = _Reply(service, body)
     if body.stream:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from smolrun.api import AsyncModel, EndEvent, ProgressEvent, Result, TextEvent, TokenLogprob
 from smolrun.server import replies
-from smolrun.server.endpoint import EventStream, json_reply, read_body
+from smolrun.server.endpoint import EventStream, client_of, json_reply, read_body
 from smolrun.server.errors import invalid
 from smolrun.server.fields import sampling_of, seeds_of, structure_of
 from smolrun.server.schema import CompletionRequest
@@ -43,15 +43,14 @@ async def completions(request: Request, service: Service) -> Response:
     if only_prompt:
         arguments["max_tokens"] = 1
     prompts = _prompts(raw["prompt"])
-    work = service.work(
-        count,
-        [
-            model.stream_text(prompt, **{**arguments, "seed": seed})
-            for prompt in prompts
-            for seed in seeds_of(body, count)
-        ],
-        "prompt" if len(prompts) > 1 else "n",
-    )
+    asked = [(prompt, seed) for prompt in prompts for seed in seeds_of(body, count)]
+    param = "prompt" if len(prompts) > 1 else "n"
+    terms = service.terms(body, client_of(request), len(asked), param)
+    streams = [
+        model.stream_text(prompt, terms=one, **{**arguments, "seed": seed})
+        for one, (prompt, seed) in zip(terms, asked, strict=True)
+    ]
+    work = service.work(streams, count)
     wants_logprobs = body.logprobs is not None
     try:
         echoes = [Echo()] * len(prompts)

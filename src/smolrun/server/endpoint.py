@@ -57,6 +57,11 @@ async def read_body(request: Request, service: Service, kind: type[T]) -> tuple[
     return parsed() if len(body) < _SHORT_BODY else await service.off_loop(parsed)
 
 
+def client_of(request: Request) -> str:
+    """Whose request it is: a name made from its key, or nothing where no keys are needed."""
+    return str(request.scope["state"].get("client", ""))
+
+
 def json_reply(value: Any) -> Response:
     """A reply of 200."""
     return Response(replies.dumped(value), media_type="application/json")

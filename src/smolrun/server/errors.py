@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolrun.errors import (
+    ClosedError,
     ContextLengthError,
+    DeadlineError,
     NonFiniteError,
+    QueueFullError,
     RequestError,
     ResourceError,
     SmolrunError,
@@ -75,17 +78,6 @@ def unsupported(param: str, why: str) -> ApiError:
     return invalid(param, why, "unsupported_parameter")
 
 
-def busy(message: str, seconds: int) -> ApiError:
-    """429: come back after so many seconds."""
-    return ApiError(
-        429,
-        message,
-        "queue_full",
-        kind="rate_limit_error",
-        headers={"retry-after": str(min(max(seconds, 1), 30))},
-    )
-
-
 def unavailable(message: str, code: str, seconds: int = 5) -> ApiError:
     """503: not this process, or not now."""
     return ApiError(
@@ -95,11 +87,6 @@ def unavailable(message: str, code: str, seconds: int = 5) -> ApiError:
         kind="service_unavailable_error",
         headers={"retry-after": str(min(max(seconds, 1), 30))},
     )
-
-
-def timed_out(message: str) -> ApiError:
-    """504: the answer took longer than it may."""
-    return ApiError(504, message, "timeout", kind="timeout_error")
 
 
 # The field that a RequestError begins with.
@@ -129,6 +116,17 @@ def api_error(error: BaseException, context_param: str = "messages") -> ApiError
         return ApiError(400, str(error), "invalid_value", param=found.group(1) if found else None)
     if isinstance(error, TemplateError):
         return ApiError(400, _without_origin(str(error)), "template_error", param=context_param)
+    if isinstance(error, QueueFullError):
+        return ApiError(
+            429, str(error), "queue_full", kind="rate_limit_error",
+            headers={"retry-after": str(error.retry_after)},
+        )  # fmt: skip
+    if isinstance(error, DeadlineError) and not error.started:
+        return unavailable(str(error), "queue_timeout")
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), "timeout", kind="timeout_error")
+    if isinstance(error, ClosedError):
+        return unavailable(str(error), "shutting_down")
     if isinstance(error, ResourceError):
         return unavailable(str(error), "insufficient_resources")
     if isinstance(error, NonFiniteError):

@@ -38,7 +38,6 @@ class Metrics:
 
         self.requests = counter("http_requests", "Replies by status", ("status",))
         self.success = counter("request_success", "Answers that ended well", ("finished_reason",))
-        self.rejected = counter("requests_rejected", "Requests turned away", ("reason",))
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.first_token = histogram(
@@ -53,6 +52,7 @@ class Metrics:
         self.decode = histogram("request_decode_time_seconds", "Generating")
         self.choices = histogram("request_params_n", "Answers asked for at once", (1, 2, 4, 8))
         self.max_tokens = histogram("request_params_max_tokens", "max_tokens", _TOKENS)
+        self.step_tokens = histogram("iteration_tokens_total", "Tokens of a step", _TOKENS)
         self.registry.register(self)
 
     def ended(self, result: Result, counts_prompt: bool) -> None:
@@ -82,7 +82,10 @@ class Metrics:
                 "KV blocks held, 0 to 1",
                 found.get("kv_blocks_held", 0) / max(found.get("kv_blocks", 1), 1),
             ),
-            "places_taken": ("Places of the queue and of the running", self._service.gate.taken),
+            "places_taken": (
+                "Requests under way",
+                found.get("places_taken", 0),
+            ),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
@@ -91,6 +94,11 @@ class Metrics:
             "prefix_cache_hits": ("Prompt tokens found", found.get("cached_tokens", 0)),
             "num_preemptions": ("Always 0: admission is by blocks", 0),
             "requests_cancelled": ("Answers nobody waits for", found.get("cancelled", 0)),
+            "requests_rejected": (
+                "Requests turned away",
+                found.get("rejected", 0),
+            ),
+            "requests_expired": ("Answers that took too long", found.get("expired", 0)),
             "requests_failed": ("Answers that ended in an error", found.get("failed", 0)),
             "corrupted_requests": ("Answers with a NaN", found.get("corrupted", 0)),
             "engine_steps": ("Steps of the engine", found.get("steps", 0)),

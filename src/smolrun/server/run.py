@@ -190,13 +190,13 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
         if self._signals and self._draining is None:
-            logger.info("draining", extra={"under_way": self._service.gate.taken})
+            logger.info("draining", extra={"under_way": self._service.places_taken})
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)
 
     async def _drain(self) -> None:
         if not await self._service.drained():
-            logger.warning("answers were cut off", extra={"number": self._service.gate.taken})
+            logger.warning("answers were cut off", extra={"number": self._service.places_taken})
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

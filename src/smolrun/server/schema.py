@@ -33,7 +33,6 @@ def _only(value: bool, why: str) -> AfterValidator:
 _TRUE = WithJsonSchema({"type": "boolean", "const": True})
 _FALSE = WithJsonSchema({"type": "boolean", "const": False})
 StoresNothing = Annotated[bool, _only(False, "nothing is stored"), _FALSE]
-UsesCache = Annotated[bool, _only(True, "prompts are always looked for in the cache"), _TRUE]
 OpensTurn = Annotated[bool, _only(True, "the answer's turn is always opened"), _TRUE]
 ContinuesNothing = Annotated[bool, _only(False, "not supported; see /v1/completions"), _FALSE]
 
@@ -86,7 +85,7 @@ class Generation(Strict):
     ignore_eos: bool | None = None
     return_tokens: bool | None = None
     return_progress: bool | None = None
-    cache_prompt: UsesCache | None = None
+    cache_prompt: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: dict[str, str] | None = None
     store: StoresNothing | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import smolrun
-from smolrun.api import AsyncModel, AsyncStream, Model
+from smolrun.api import AsyncModel, AsyncStream, Model, Terms
+from smolrun.engine.places import Places
 from smolrun.server.errors import ApiError, invalid, unavailable
-from smolrun.server.gate import Gate
 from smolrun.server.limits import Limits
 from smolrun.server.metrics import Metrics
+from smolrun.server.schema import Generation
 from smolrun.server.work import Work
 
 T = TypeVar("T")
@@ -47,8 +49,8 @@ class Service:
         self.limits = settings.limits
         self.state: State = "loading"
         self.metrics = Metrics(self)
-        self.gate = Gate(settings.parallel + self.limits.queued_requests, "requests")
-        self.side_gate = Gate(self.limits.side_requests, "requests of this kind")
+        self.side_places = Places()  # of requests that need no answer of the model
+        self.side_places.limit = self.limits.side_requests
         self.created = int(time.time())
         self._model: AsyncModel | None = None
         self._works: weakref.WeakSet[Work] = weakref.WeakSet()
@@ -78,6 +80,8 @@ class Service:
 
     def ready(self, model: Model) -> None:
         """The model is there; from now on requests are answered."""
+        model.limit_queue(self.limits.queued_requests, self.limits.queued_tokens)
+        model.loaded.engine.on_step = self.metrics.step_tokens.observe
         self._model = AsyncModel(model)
         if self.state == "loading":
             self.state = "ready"
@@ -98,28 +102,39 @@ class Service:
         short = hashlib.sha256(identity.encode()).hexdigest()[:10]
         return f"smolrun-{smolrun.__version__}-{short}"
 
-    def work(self, choices: int, streams: Sequence[AsyncStream], param: str = "n") -> Work:
-        """Places for answers, taken before anything is computed for them.
+    def terms(self, body: Generation, client: str, count: int, param: str = "n") -> list[Terms]:
+        """Terms for so many answers, each with a place that is taken before anything is computed.
 
         Args:
-            choices: of each prompt.
-            streams: not started; one for each choice.
+            body: the request.
+            client: whose it is; clients take turns, and share no cache.
+            count: answers.
             param: the field that says how many there are.
 
         Raises:
-            ApiError: 429 where there is no place now, 400 where there never is.
+            ApiError: 400, there are never so many places. QueueFullError: there are not now.
         """
-        if len(streams) > self.gate.places:
-            raise invalid(param, f"{len(streams)} answers, and there are {self.gate.places} places")
-        try:
-            place = self.gate.enter(len(streams))
-        except ApiError:
-            self.metrics.rejected.labels("queue_full").inc()
-            raise
+        model = self.model().model
+        places = self.settings.parallel + self.limits.queued_requests
+        if count > places:
+            raise invalid(param, f"{count} answers, and there are {places} places")
+        salt = os.urandom(16) if body.cache_prompt is False else client.encode()
+        return [
+            Terms(client, salt, self.limits.queue_seconds, self.limits.total_seconds, place)
+            for place in model.reserve(count)
+        ]
+
+    def work(self, streams: Sequence[AsyncStream], choices: int) -> Work:
+        """Streams that are not started, `choices` of each prompt, as one piece of work."""
         self.metrics.choices.observe(choices)
-        work = Work(self.limits, self.metrics, place, streams, choices)
+        work = Work(self.limits.ping_seconds, self.metrics, streams, choices)
         self._works.add(work)
         return work
+
+    @property
+    def places_taken(self) -> int:
+        """Requests under way."""
+        return self.side_places.taken + self.statistics().get("places_taken", 0)
 
     def abort(self) -> None:
         """End all answers with an error."""
@@ -132,7 +147,7 @@ class Service:
 
     async def aside(self, function: Callable[[], T]) -> T:
         """The same for requests that need no answer of the model; there may be so many of them."""
-        with self.side_gate.enter():
+        with self.side_places.take()[0]:
             return await self.off_loop(function)
 
     def statistics(self) -> dict[str, int]:
@@ -148,7 +163,7 @@ class Service:
     async def drained(self) -> bool:
         """Wait until the last answer has gone out; False where that takes longer than it may."""
         deadline = time.monotonic() + self.limits.drain_seconds
-        while self.gate.taken or self.side_gate.taken:
+        while self.places_taken:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)

@@ -79,7 +79,7 @@ async def score(request: Request, service: Service) -> Response:
     """Log-probabilities of continuations of a prompt."""
     _, body = await read_body(request, service, ScoreRequest)
     model = service.model(body.model)
-    with service.side_gate.enter():
+    with service.side_places.take()[0]:
         scores = await while_connected(request, model.score(body.prompt, body.choices))
     data = [
         {

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request
 
 from smolrun.api import AsyncStream, EndEvent, Event, Result, TextEvent, TokenLogprob
-from smolrun.server.errors import ApiError, timed_out
-from smolrun.server.gate import Place
-from smolrun.server.limits import Limits
+from smolrun.server.errors import ApiError
 
 if TYPE_CHECKING:
     from smolrun.server.metrics import Metrics
@@ -41,30 +39,25 @@ class Work:
     """The answers of one request.
 
     Args:
-        limits: how long they may take.
+        ping_seconds: of silence, after which `events` tells of it.
         metrics: count them.
-        place: what they hold in the queue; given back as they end.
         streams: one for each answer, not started yet.
         choices: of each prompt, next to each other.
     """
 
     def __init__(
         self,
-        limits: Limits,
+        ping_seconds: float,
         metrics: Metrics,
-        place: Place,
         streams: Sequence[AsyncStream],
         choices: int,
     ) -> None:
         self.results: dict[int, Result] = {}  # of the answers that have ended
-        self._limits = limits
+        self._ping_seconds = ping_seconds
         self._metrics = metrics
-        self._place = place
         self._streams = streams
         self._choices = choices
-        self._loop = asyncio.get_running_loop()
-        self._aborted: asyncio.Future[ApiError] = self._loop.create_future()
-        self._timer = self._loop.call_later(limits.total_seconds, self._expire)
+        self._aborted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         """Hand them to the engine.
@@ -118,7 +111,7 @@ class Work:
 
         async def tick() -> None:
             while True:
-                await asyncio.sleep(self._limits.ping_seconds)
+                await asyncio.sleep(self._ping_seconds)
                 waiting.put_nowait((0, None))
 
         async def abort() -> None:
@@ -145,12 +138,10 @@ class Work:
             self._aborted.set_result(error)
 
     def close(self) -> None:
-        """Cancel what still runs, and give all places back."""
-        self._timer.cancel()
+        """Cancel what still runs."""
         for index, stream in enumerate(self._streams):
             if index not in self.results:
                 stream.cancel()
-        self._place.leave()
 
     async def _finished(self, index: int, wants_logprobs: bool) -> Finished:
         stream = self._streams[index]
@@ -167,15 +158,9 @@ class Work:
                 return Finished(event.result, tuple(logprobs))
         raise AssertionError("a stream ends with an EndEvent or an error")
 
-    def _expire(self) -> None:
-        self._metrics.rejected.labels("timeout").inc()
-        seconds = self._limits.total_seconds
-        self.abort(timed_out(f"The answer took longer than the {seconds:g} seconds it may take."))
-
     def _note(self, index: int, result: Result) -> None:
         self.results[index] = result
         self._metrics.ended(result, index % self._choices == 0)
-        self._place.leave(1)
 
 
 async def while_connected(request: Request, wait: Coroutine[Any, Any, T]) -> T:
