@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "pack.h"
@@ -45,6 +46,21 @@ struct Tiling {
     }
 };
 
+// Groups of rows in a chunk, `most` or down to half of it: so many that threads which take chunks
+// in turn end together. `tiles`: how often all rows are gone through.
+int64_t chunk_groups(int64_t groups, int64_t most, int64_t tiles, int threads) {
+    int64_t best = most, least = std::numeric_limits<int64_t>::max();
+    for (int64_t size = most; 2 * size >= most; --size) {
+        const int64_t longest = size * ceil_div(tiles * ceil_div(groups, size), threads);
+        if (longest < least) {
+            least = longest;
+            best = size;
+        }
+        if (longest * threads == tiles * groups) break;  // none is better
+    }
+    return best;
+}
+
 // unit: rows that a chunk is a multiple of; 0 chooses.
 Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int threads) {
     const auto in_panels = [](int64_t most) {
@@ -54,14 +70,19 @@ Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int thr
     Tiling t{};
     t.tokens = tokens;
     t.rows = rows;
-    t.tile_tokens = std::min(tokens, cached);
+    int64_t most = cached;
+    if (unit > 0) most = std::min(most, in_panels(kProductFloats / unit));
+    // No last tile of a few tokens, for which all weights would be read again.
+    const int64_t even = ceil_div(tokens, ceil_div(tokens, most));
+    t.tile_tokens = even == tokens ? tokens : std::min(most, round_up(even, kPanelTokens));
     if (unit > 0) {
         t.chunk_rows = unit;
-        t.tile_tokens = std::min(t.tile_tokens, in_panels(kProductFloats / unit));
     } else {
-        const int64_t most = kProductFloats / t.tile_tokens / kGroupRows * kGroupRows;
-        const int64_t fair = round_up(ceil_div(rows, threads * kChunksPerThread), kGroupRows);
-        t.chunk_rows = std::clamp(fair, kGroupRows, std::max(kGroupRows, most));
+        const int64_t groups = ceil_div(rows, kGroupRows);
+        const int64_t fair = ceil_div(groups, threads * kChunksPerThread);
+        const int64_t fitting = std::max<int64_t>(1, kProductFloats / t.tile_tokens / kGroupRows);
+        t.chunk_rows = kGroupRows * chunk_groups(groups, std::min(fair, fitting),
+                                                 ceil_div(tokens, t.tile_tokens), threads);
     }
     t.panel = std::min(t.tile_tokens, kPanelTokens);
     t.row_chunks = ceil_div(rows, t.chunk_rows);
