@@ -187,22 +187,24 @@ class PythonRunner {
         const Array sequence_array(sequences, "sequences", Element::int32, 1);
         const Array tables(block_tables, "block_tables", Element::int32, 2);
         const Array rows(logit_rows, "logit_rows", Element::int32, 1);
-        const Array logit_array(logits, "logits", Element::float32, 2, true);
-        std::optional<Array> hidden_array;
+        std::optional<Array> logit_array, hidden_array;
+        if (!logits.is_none()) logit_array.emplace(logits, "logits", Element::float32, 2, true);
         if (!hidden.is_none()) hidden_array.emplace(hidden, "hidden", Element::float32, 2, true);
 
         const int64_t n = token_ids.size(0);
         position_array.expect_shape({n});
         sequence_array.expect_shape({n});
         const Program& program = runner_->program();
-        logit_array.expect_shape({rows.size(0), program.dimensions().vocab_size});
+        if (logit_array) {
+            logit_array->expect_shape({rows.size(0), program.dimensions().vocab_size});
+        }
         if (hidden_array) hidden_array->expect_shape({rows.size(0), program.hidden_size()});
 
         const Runner::Use use(*runner_);
         runner_->prepare({n, token_ids.data<int32_t>(), position_array.data<int32_t>(),
                           sequence_array.data<int32_t>(), tables.size(0), tables.size(1),
                           tables.data<int32_t>(), rows.size(0), rows.data<int32_t>(),
-                          logit_array.data<float>(),
+                          logit_array ? logit_array->data<float>() : nullptr,
                           hidden_array ? hidden_array->data<float>() : nullptr});
         const GilReleased released;
         runner_->run();
@@ -311,7 +313,7 @@ void bind_runner(nb::module_& module) {
              nb::arg("threads"), nb::arg("isa"), nb::arg("activations") = "exact")
         .def("step", &PythonRunner::step, nb::arg("tokens"), nb::arg("positions"),
              nb::arg("sequences"), nb::arg("block_tables"), nb::arg("logit_rows"),
-             nb::arg("logits"), nb::arg("hidden") = nb::none())
+             nb::arg("logits").none(), nb::arg("hidden") = nb::none())
         .def("zero_blocks", &PythonRunner::zero_blocks, nb::arg("blocks"))
         .def("release_blocks", &PythonRunner::release_blocks, nb::arg("blocks"))
         .def("set_threads", &PythonRunner::set_threads, nb::arg("threads"))

@@ -490,9 +490,11 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const Tiling::Part part = tiling.part(chunk);
                       const Activations x = inputs(part.token_begin);
-                      multiply(op.matrix, step, own(step, worker), x, part,
-                               arrays.logits + part.token_begin * vocab_size + part.row_begin,
-                               vocab_size);
+                      if (arrays.logits != nullptr) {
+                          multiply(op.matrix, step, own(step, worker), x, part,
+                                   arrays.logits + part.token_begin * vocab_size + part.row_begin,
+                                   vocab_size);
+                      }
                       if (arrays.hidden != nullptr && part.row_begin == 0) {
                           std::memcpy(arrays.hidden + part.token_begin * columns, x.values,
                                       static_cast<size_t>(part.tokens * columns) * sizeof(float));

@@ -135,7 +135,7 @@ struct StepArrays {
     std::vector<const int32_t*> block_tables;  // [tokens], the table of each token's sequence
     int64_t logit_row_count;
     const int32_t* logit_rows;  // [logit_row_count]
-    float* logits;              // [logit_row_count][vocab_size]
+    float* logits;              // [logit_row_count][vocab_size], written; or null
     float* hidden;              // [logit_row_count][hidden_size], or null: after the last norm
 };
 

@@ -24,7 +24,7 @@ struct StepRequest {
     const int32_t* block_tables;  // [sequence_count][blocks_per_sequence]
     int64_t logit_row_count;
     const int32_t* logit_rows;  // [logit_row_count], indexes of tokens
-    float* logits;              // [logit_row_count][vocab_size], written
+    float* logits;              // [logit_row_count][vocab_size], written; or null
     float* hidden;              // [logit_row_count][hidden_size], written; or null
 };
 

@@ -149,16 +149,16 @@ class Runner:
         sequences: _Int32,
         block_tables: _Int32,
         logit_rows: _Int32,
-        logits: _Floats,
+        logits: _Floats | None,
         hidden: _Floats | None = None,
     ) -> None:
         """Runs tokens [n] at positions [n] of sequences [n], without the GIL.
 
         A sequence is a row of block_tables [s, m]: the blocks, 32 tokens each, of its KV cache. Its
         tokens stand in consecutive positions. K and V of all n tokens are stored before any token
-        looks at them; each sees the positions up to its own. Writes logits [r, vocab_size] of the
-        tokens logit_rows [r], and, where given, hidden [r, hidden_size], what the last norm
-        returned for them.
+        looks at them; each sees the positions up to its own. Writes, where given, logits
+        [r, vocab_size] of the tokens logit_rows [r], and hidden [r, hidden_size], what the last
+        norm returned for them.
 
         ValueError naming the array and the index that is out of range, before anything is written.
         """

@@ -17,6 +17,7 @@ from smolrun.engine.sampling import SampledToken, SamplingParameters, sampling_p
 from smolrun.engine.sequence import Ending
 
 VOCABULARY = 512
+HIDDEN_SIZE = 8
 DEFAULTS = SamplingParameters()
 
 
@@ -85,20 +86,24 @@ class FakeRunner(Gate):
         sequences: Int32Array,
         block_tables: Int32Array,
         logit_rows: Int32Array,
-        logits: Float32Array,
+        logits: Float32Array | None,
         hidden: Float32Array | None = None,
     ) -> None:
         self.wait()
         self.before(tokens, positions)
-        assert logits.shape == (len(logit_rows), self.vocab_size)
+        assert logits is None or logits.shape == (len(logit_rows), self.vocab_size)
         for array in (tokens, positions, sequences, block_tables, logit_rows):
             assert array.dtype == np.int32
         self.steps.append((len(tokens), len(block_tables)))
         blocks = block_tables[sequences, positions // BLOCK_TOKENS]
         self.pool[blocks, positions % BLOCK_TOKENS] = tokens
-        for row, out in zip(logit_rows, logits, strict=True):
+        for number, row in enumerate(logit_rows):
             seen = self.seen(block_tables[sequences[row]], int(positions[row]) + 1)
-            out[:] = self.logits_of(seen)
+            found = self.logits_of(seen)
+            if logits is not None:
+                logits[number] = found
+            if hidden is not None:
+                hidden[number] = found[:HIDDEN_SIZE]
 
     def seen(self, table: Int32Array, length: int) -> npt.NDArray[np.int64]:
         seen = self.pool[table].reshape(-1)[:length]
@@ -134,6 +139,7 @@ def fake_engine(kv_blocks: int = 64, context_size: int = 256, **options: Any) ->
     return Engine(
         FakeRunner(kv_blocks),
         vocab_size=VOCABULARY,
+        hidden_size=HIDDEN_SIZE,
         context_size=context_size,
         kv_blocks=kv_blocks,
         **options,

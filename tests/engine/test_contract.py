@@ -65,6 +65,7 @@ def engine_of(
     engine = Engine(
         wrap(runner),
         vocab_size=model.config.vocab_size,
+        hidden_size=model.config.hidden_size,
         context_size=CONTEXT,
         kv_blocks=kv_blocks,
         max_step_tokens=chunk,

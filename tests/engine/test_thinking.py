@@ -63,6 +63,7 @@ def answer(
     engine = Engine(
         Speaker(tokenizer, wish),
         vocab_size=tokenizer.vocab_size,
+        hidden_size=1,
         context_size=CONTEXT,
         kv_blocks=64,
     )

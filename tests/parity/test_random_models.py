@@ -51,3 +51,21 @@ def test_logits(config: ModelConfig, weight_type: WeightType, seed: int, length:
                 last = model.forward(ids[:, length // 2 + 1 :], start_pos=length // 2 + 1)
     assert nmse(whole, expected) <= BOUND[weight_type]
     assert (last[:, 0] == whole[:, -1]).all()
+
+
+@given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(1, 60))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_embeddings(config: ModelConfig, seed: int, length: int) -> None:
+    """The mean of the last hidden state, of length 1, as sentence embeddings are made of it."""
+    import torch
+
+    tensors = random_weights(config, seed, WeightType.F32)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, length))
+    with torch.no_grad():
+        states = transformers_model(config, values_of(tensors)).model(torch.tensor(ids))
+        mean = states.last_hidden_state.mean(dim=1)
+        expected = torch.nn.functional.normalize(mean, dim=1).numpy()
+    with tempfile.TemporaryDirectory() as name:
+        folder = save_folder(config, tensors, Path(name))
+        with Model(folder) as model:
+            assert nmse(model.embed(ids.tolist()), expected) <= BOUND[WeightType.F32]

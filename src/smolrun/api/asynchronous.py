@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
+import numpy as np
+
 from smolrun.api.model import DEFAULT_MODEL, Model
 from smolrun.api.request import TextArguments
 from smolrun.api.stream import Stream
@@ -22,6 +24,7 @@ from smolrun.engine.engine import DEFAULT_TERMS
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Unpack
 
     from smolrun.engine.sequence import Terms
@@ -223,6 +226,22 @@ class AsyncModel:
             for answer in answers:
                 answer.cancel()
         return results[0] if single else results
+
+    async def embed(
+        self,
+        texts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> npt.NDArray[np.float32]:
+        """As `Model.embed`."""
+        requests, single = await self._prepared(self.model.reading, texts, terms)
+        readings = [_adopted(Stream(request)) for request in requests]
+        try:
+            vectors: list[Any] = [await anext(reading) for reading in readings]
+        finally:
+            for reading in readings:
+                reading.cancel()
+        return vectors[0] if single else np.stack(vectors)
 
     async def close(self) -> None:
         """Stop the model after its current step; answers under way end in an error."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from smolrun.api.reader import Reader, as_items
 from smolrun.api.request import (
     ChatArguments,
     Messages,
@@ -24,22 +23,13 @@ from smolrun.api.request import (
     tokenizer_of,
 )
 from smolrun.api.stream import Stream
-from smolrun.engine.answer import Result, TokenLogprob, described
+from smolrun.engine.answer import Result
 from smolrun.engine.engine import DEFAULT_TERMS
 from smolrun.engine.forward import Forward
-from smolrun.engine.likelihood import (
-    WINDOW_TOKENS,
-    ChoiceScore,
-    Perplexity,
-    perplexity,
-    prompt_logprobs,
-    score_choices,
-    text_windows,
-)
 from smolrun.engine.load import MAX_SEQUENCES, LoadedModel, load_config, load_model
 from smolrun.engine.native import DEFAULT_ACTIVATIONS
-from smolrun.engine.sampling import MAX_TOP_LOGPROBS, SampledToken, SamplingParameters
-from smolrun.errors import ContextLengthError, RequestError
+from smolrun.engine.sampling import SamplingParameters
+from smolrun.errors import RequestError
 from smolrun.model.config import ModelConfig
 from smolrun.model.random import random_weights, zero_weights
 from smolrun.quant.types import WeightType
@@ -60,7 +50,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 
 
-class Model:
+class Model(Reader):
     """A language model, ready to run. Safe to use from any number of threads.
 
     Requests of several threads share steps, and give the same answers as each alone. A model is
@@ -331,9 +321,8 @@ class Model:
         self, prompt: Any, terms: Terms, arguments: Mapping[str, Any]
     ) -> tuple[list[Stream], bool]:
         """The streams of `generate`, and whether `prompt` is a single one."""
-        items: list[Any] = list(prompt) if _is_list(prompt) else []
-        single = not items or not (isinstance(items[0], str) or _is_list(items[0]))
-        prompts = [self._prompt_ids(item) for item in ([items or prompt] if single else items)]
+        items, single = as_items(prompt)
+        prompts = [self._prompt_ids(item) for item in items]
         prepared = [prepare_text(self.loaded, ids, arguments) for ids in prompts]
         return [self._submit(request, terms) for request in prepared], single
 
@@ -381,106 +370,6 @@ class Model:
         """The same as `generate` of one prompt, piece by piece."""
         return self._submit(prepare_text(self.loaded, self._prompt_ids(prompt), arguments), terms)
 
-    # --- how likely texts are
-
-    def perplexity(
-        self,
-        text: str | Sequence[int],
-        *,
-        context: int = WINDOW_TOKENS,
-        stride: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Perplexity:
-        """How surprised the model is by a text: exp of the mean negative log-probability.
-
-        The text is cut into windows as llama.cpp's `perplexity` cuts it, so figures compare.
-
-        Args:
-            text: plain text, or token ids; at least a window long.
-            context: tokens of a window.
-            stride: None: windows follow each other, and the second half of each counts. A number:
-                windows begin that far apart, and the last `stride` tokens of each count.
-            progress: called with the windows done, and those in all.
-
-        Raises:
-            RequestError: the text is too short, or sizes make no sense.
-            ContextLengthError: a window is longer than the model's context.
-        """
-        tokens = np.array(self._prompt_ids(text, parse_special=False), np.int32)
-        windows = text_windows(len(tokens), context, stride)
-        return perplexity(Forward(self.loaded.engine), tokens, windows, self.window_bos, progress)
-
-    def score(
-        self, prompt: str | Sequence[int], choices: Sequence[str] | Sequence[Sequence[int]]
-    ) -> list[ChoiceScore]:
-        """How likely each of `choices` is to follow `prompt`. What they share is computed once.
-
-        A choice is what is left of the tokens of prompt and choice together when as many are taken
-        off as the prompt has, so a word that goes on across the seam counts as one.
-
-        Args:
-            prompt: text, or token ids; at least one token.
-            choices: texts, or lists of token ids where the prompt is one; none is empty.
-
-        Raises:
-            RequestError: prompt or a choice is empty or of another kind.
-            ContextLengthError: prompt and choice do not fit the context.
-        """
-        sequences = []
-        before = self._prompt_ids(prompt)
-        for number, choice in enumerate(choices):
-            if isinstance(prompt, str) != isinstance(choice, str):
-                raise RequestError(f"choices[{number}]: text or token ids, as the prompt is")
-            whole = (
-                self._prompt_ids(prompt + choice)
-                if isinstance(prompt, str) and isinstance(choice, str)
-                else before + self._prompt_ids(choice)
-            )
-            if not before or len(whole) <= len(before):
-                empty = f"choices[{number}]" if before else "prompt"
-                raise RequestError(f"{empty}: expected at least one token, it is empty")
-            sequences.append((np.array(whole, np.int32), len(before)))
-        if not sequences:
-            raise RequestError("choices: expected at least one, there is none")
-        return score_choices(Forward(self.loaded.engine), sequences)
-
-    def prompt_logprobs(
-        self, prompt: str | Sequence[int], *, top_logprobs: int = 0
-    ) -> list[TokenLogprob]:
-        """What the model makes of each token of a prompt, after those before it.
-
-        Args:
-            prompt: text, or token ids.
-            top_logprobs: so many likeliest tokens in the place of each, at most 20.
-
-        Returns:
-            One for each token. The first, before which there is nothing, has logprob NaN.
-
-        Raises:
-            RequestError: the prompt is empty, or no such.
-            ContextLengthError: it does not fit the context.
-        """
-        if type(top_logprobs) is not int or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {top_logprobs!r:.80}"
-            )
-        ids = self._prompt_ids(prompt)
-        if not ids:
-            raise RequestError("prompt: expected at least one token, it is empty")
-        if len(ids) > self.context_size:
-            raise ContextLengthError(len(ids), self.context_size)
-        forward = Forward(self.loaded.engine)
-        tokens = np.array(forward.checked_ids(ids)[0], np.int32)
-        found = prompt_logprobs(forward, tokens, top_logprobs)
-        first = SampledToken(ids[0], math.nan)
-        return [described(self.loaded.tokenizer, token) for token in (first, *found)]
-
-    @property
-    def window_bos(self) -> int | None:
-        """The token that a window of `perplexity` begins with, where the model wants one."""
-        tokenizer = self.loaded.tokenizer
-        return tokenizer.bos_token_id if tokenizer and tokenizer.add_bos_token else None
-
     # --- many callers
 
     def limit_queue(self, requests: int | None = None, prompt_tokens: int | None = None) -> None:
@@ -520,18 +409,6 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prompt_ids(self, prompt: Any, *, parse_special: bool = True) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, parse_special=parse_special)
-        try:
-            if not _is_list(prompt):
-                raise TypeError
-            return [operator.index(token) for token in prompt]
-        except TypeError:
-            raise RequestError(
-                f"prompt: expected a text or token ids, got {prompt!r:.80}"
-            ) from None
-
     def _submit(self, request: PreparedRequest, terms: Terms) -> Stream:
         loaded = self.loaded
         return Stream(
@@ -544,9 +421,3 @@ class Model:
                 constraint=request.constraint,
             )
         )
-
-
-def _is_list(value: object) -> bool:
-    if getattr(value, "ndim", 1) == 0:  # a NumPy scalar calls itself iterable
-        return False
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))

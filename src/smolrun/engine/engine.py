@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from smolrun.engine.kv import BlockPool, blocks_for
 from smolrun.engine.places import Places
+from smolrun.engine.reading import MeanHidden, Reading
 from smolrun.engine.runner import Runner
 from smolrun.engine.sampling import Constraint, SamplingParameters
 from smolrun.engine.scheduler import Chunk, Scheduler, step_arrays
@@ -49,6 +50,7 @@ class Engine:
     Args:
         runner: computes steps.
         vocab_size: width of a row of logits.
+        hidden_size: width of a row of hidden states.
         context_size: most tokens of one request, prompt and answer.
         kv_blocks: blocks in the runner's pool; they hold at least one whole context.
         model: identity of the model, for the prefix cache.
@@ -63,6 +65,7 @@ class Engine:
         runner: Runner,
         *,
         vocab_size: int,
+        hidden_size: int,
         context_size: int,
         kv_blocks: int,
         model: bytes = b"",
@@ -76,6 +79,7 @@ class Engine:
                 f"there are {kv_blocks}"
             )
         self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
         self.context_size = context_size
         self.max_step_tokens = max_step_tokens
         self.runner = runner
@@ -127,6 +131,24 @@ class Engine:
             QueueFullError: too many requests, or prompt tokens, wait already.
             ClosedError: the model is closed, or draining.
         """
+        tokens = self._checked(prompt)
+        if len(tokens) >= self.context_size:
+            raise ContextLengthError(len(tokens), self.context_size)
+        return self._queued(
+            Sequence(tokens, parameters, stop_ids, self.context_size, output, terms, constraint)
+        )
+
+    def read(self, tokens: Items[int], terms: Terms = DEFAULT_TERMS) -> Request:
+        """Start a request for the mean of the hidden states of tokens.
+
+        The one event is float32 (hidden_size,), of length 1. Errors are as of `submit`.
+        """
+        ids = self._checked(tokens)
+        if len(ids) > self.context_size:
+            raise ContextLengthError(len(ids), self.context_size)
+        return self._queued(Reading(ids, MeanHidden(self.hidden_size), terms))
+
+    def _checked(self, prompt: Items[int]) -> list[int]:
         tokens = list(prompt)
         if not tokens:
             raise RequestError("prompt: expected at least one token, it is empty")
@@ -135,15 +157,13 @@ class Engine:
             raise RequestError(
                 f"prompt: token {wrong} is not in the vocabulary of {self.vocab_size}"
             )
-        if len(tokens) >= self.context_size:
-            raise ContextLengthError(len(tokens), self.context_size)
-        sequence = Sequence(
-            tokens, parameters, stop_ids, self.context_size, output, terms, constraint
-        )
-        place = terms.place or self.places.take()[0]
+        return tokens
+
+    def _queued(self, sequence: Sequence) -> Request:
+        place = sequence.place or self.places.take()[0]
         sequence.place = place
         try:
-            place.wait(len(tokens))
+            place.wait(sequence.prompt_tokens)
             # The loop holds the sequence, not the request: one that nobody holds is cancelled.
             self._post(partial(self._scheduler.add, sequence), partial(_refuse, sequence))
         except SmolrunError:
@@ -270,7 +290,12 @@ class Engine:
             self._fail(scheduler.first(), error)
         chunks = scheduler.plan()
         if chunks:
-            self._step(chunks)
+            # Readers want no logits, which would cost them more than all else.
+            readers = [chunk for chunk in chunks if isinstance(chunk.sequence, Reading)]
+            writers = [chunk for chunk in chunks if not isinstance(chunk.sequence, Reading)]
+            for group in (writers, readers):
+                if group:
+                    self._step(group)
         elif scheduler.waiting:
             # Nothing runs that could give blocks back; only forward() holds some.
             sequence = scheduler.first()
@@ -285,19 +310,25 @@ class Engine:
 
     def _step(self, chunks: list[Chunk]) -> None:
         """Compute chunks and hand out what comes of them."""
-        rows = sum(chunk.wants_logits for chunk in chunks)
+        reading = isinstance(chunks[0].sequence, Reading)
         try:
             for chunk in chunks:
                 assert chunk.sequence.table is not None
                 self.pool.grow(chunk.sequence.table, chunk.start + chunk.count)
             step = step_arrays(chunks)
+            rows = np.arange(len(step.tokens), dtype=np.int32) if reading else step.logit_rows
+            found = (
+                np.empty((len(rows), self.hidden_size), np.float32)
+                if reading
+                else self._logits[: len(rows)]
+            )
             self.runner.step(
                 step.tokens,
                 step.positions,
                 step.sequences,
                 step.block_tables,
-                step.logit_rows,
-                self._logits[:rows],
+                rows,
+                *((None, found) if reading else (found,)),
             )
         except Exception as error:
             # Each alone computes the same bits: only who fails alone is at fault.
@@ -311,10 +342,16 @@ class Engine:
         self._counts["step_tokens"] += len(step.tokens)
         if self.on_step is not None:
             self.on_step(len(step.tokens))
-        logits = iter(self._logits)
+        first = 0
         for chunk in chunks:
+            count = chunk.count if reading else int(chunk.wants_logits)
+            own = found[first : first + count]  # a view of this chunk's rows
+            first += count
             try:
-                self._advance(chunk, next(logits) if chunk.wants_logits else None)
+                if isinstance(chunk.sequence, Reading):
+                    self._take(chunk, chunk.sequence, own)
+                else:
+                    self._advance(chunk, own[0] if count else None)
             except Exception as error:
                 self._fail(chunk.sequence, error)
 
@@ -339,6 +376,13 @@ class Engine:
             reason = "stop" if stopped else reason
         if reason is not None:
             self._finish(sequence, reason)
+
+    def _take(self, chunk: Chunk, reading: Reading, hidden: npt.NDArray[np.float32]) -> None:
+        """Take note of a computed chunk of a sequence that is read."""
+        reading.take(hidden)
+        reading.computed = chunk.start + chunk.count
+        if reading.computed == reading.prompt_tokens:
+            self._finish(reading, "stop")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._leave(sequence)

@@ -239,6 +239,7 @@ def _started(
     return Engine(
         runner,
         vocab_size=plan.config.vocab_size,
+        hidden_size=plan.config.hidden_size,
         context_size=plan.kv.context_size,
         kv_blocks=plan.kv.blocks,
         model=hashlib.sha256(f"{identity}\n{plan.config}".encode()).digest(),

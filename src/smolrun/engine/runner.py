@@ -29,10 +29,10 @@ class Runner(Protocol):
         sequences: Int32Array,  # (n,) row of block_tables that a token belongs to
         block_tables: Int32Array,  # (sequences, blocks)
         logit_rows: Int32Array,  # (r,) tokens whose logits are wanted
-        logits: Float32Array,  # (r, vocab_size), written
-        hidden: Float32Array | None = None,  # (r, hidden_size), written
+        logits: Float32Array | None,  # (r, vocab_size), written; None: not computed
+        hidden: Float32Array | None = None,  # (r, hidden_size), written: after the last norm
     ) -> None:
-        """Store K and V of n tokens and compute the logits of r of them."""
+        """Store K and V of n tokens; compute the logits, or the hidden states, of r of them."""
 
     def zero_blocks(self, blocks: Int32Array, /) -> None:
         """Wipe KV blocks."""

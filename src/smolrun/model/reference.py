@@ -132,6 +132,7 @@ class ReferenceRunner:
                     buffers[operation.input] = buffers[operation.input][wanted]
                     normed = self._norm(buffers, operation)
                     logits = self._linear(normed, operation.weight, None)
+                    self.hidden = normed
                 else:
                     raise ValueError(f"no reading of operation {operation.kind}")
         return logits
