@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <memory>
 #include <new>
@@ -94,6 +95,10 @@ void py_pack(const std::string& name, int64_t rows, int64_t columns, nb::handle 
     pack(source, 0, row_groups(rows), to.data<std::byte>());
 }
 
+int64_t panel_of(const Kernels& with, int64_t tokens) {
+    return std::clamp<int64_t>(tokens, 1, with.panel_tokens);
+}
+
 // The codes of some tokens' inputs, as a step of a model prepares them.
 struct QuantizedInputs {
     int64_t panel;
@@ -101,7 +106,7 @@ struct QuantizedInputs {
     std::vector<WordScale> scales;
 
     QuantizedInputs(const Kernels& with, const float* x, int64_t tokens, int64_t columns)
-        : panel(std::clamp<int64_t>(tokens, 1, kPanelTokens)),
+        : panel(panel_of(with, tokens)),
           words(static_cast<std::size_t>((tokens + panel) * columns / 32)),
           scales(words.size()) {
         for (int64_t t = 0; t < tokens; ++t) {
@@ -113,14 +118,22 @@ struct QuantizedInputs {
 };
 
 // The same in 8 bits.
-std::vector<BytePiece> quantized_bytes(const Kernels& with, const float* x, int64_t tokens,
-                                       int64_t columns) {
-    std::vector<BytePiece> pieces(static_cast<std::size_t>(tokens * columns / 32));
-    for (int64_t t = 0; t < tokens; ++t) {
-        with.quantize_bytes(x + t * columns, columns, pieces.data() + t * columns / 32);
+struct ByteInputs {
+    int64_t panel;
+    std::vector<BytePiece> pieces;
+    std::vector<float> scales;
+
+    ByteInputs(const Kernels& with, const float* x, int64_t tokens, int64_t columns)
+        : panel(panel_of(with, tokens)),
+          pieces(static_cast<std::size_t>((tokens + panel) * columns / 32)),
+          scales(static_cast<std::size_t>(tokens)) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t first = t / panel * panel * (columns / 32) + t % panel;
+            with.quantize_bytes(x + t * columns, columns, panel, pieces.data() + first,
+                                scales.data() + t);
+        }
     }
-    return pieces;
-}
+};
 
 // The same in bfloat16.
 std::vector<uint32_t> rounded_inputs(const Kernels& with, const float* x, int64_t tokens,
@@ -157,16 +170,19 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
 
     nb::gil_scoped_release unlocked;
     const Matrix weights{type, rows, columns, bytes.data<std::byte>()};
-    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr, nullptr};
-    std::vector<BytePiece> pieces;
+    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr, nullptr,
+                            nullptr};
+    std::optional<ByteInputs> rounded;
     std::vector<uint32_t> pairs;
     std::optional<QuantizedInputs> quantized;
     if (fast && is_float(type)) {
         pairs = rounded_inputs(with, activations.values, tokens, columns);
         activations.pairs = pairs.data();
     } else if (fast) {
-        pieces = quantized_bytes(with, activations.values, tokens, columns);
-        activations.bytes = pieces.data();
+        rounded.emplace(with, activations.values, tokens, columns);
+        activations.panel = rounded->panel;
+        activations.bytes = rounded->pieces.data();
+        activations.byte_scales = rounded->scales.data();
     } else if (!is_float(type)) {
         quantized.emplace(with, activations.values, tokens, columns);
         activations.panel = quantized->panel;
@@ -221,11 +237,15 @@ void py_quantize_bytes(const std::string& isa, nb::handle x, nb::handle codes, n
     const Array to_codes = output(codes, "codes", Element::int8, {columns});
     const Array to_scales = output(scales, "scales", Element::float32, {columns / 16});
     const Array to_sums = output(sums, "sums", Element::int32, {columns / 16});
-    const auto pieces = quantized_bytes(with, values.data<float>(), 1, columns);
-    for (std::size_t i = 0; i < pieces.size(); ++i) {
-        std::copy_n(pieces[i].codes, 32, to_codes.data<int8_t>() + 32 * i);
-        std::copy_n(pieces[i].scales, 2, to_scales.data<float>() + 2 * i);
-        std::copy_n(pieces[i].sums, 2, to_sums.data<int32_t>() + 2 * i);
+    const ByteInputs rounded(with, values.data<float>(), 1, columns);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(columns / 32); ++i) {
+        const BytePiece& piece = rounded.pieces[i];
+        std::copy_n(piece.codes, 32, to_codes.data<int8_t>() + 32 * i);
+        for (std::size_t half = 0; half < 2; ++half) {
+            to_scales.data<float>()[2 * i + half] =
+                std::ldexp(rounded.scales[0] * kByteFactor[piece.factor], piece.shifts[half]);
+            to_sums.data<int32_t>()[2 * i + half] = piece.sums[half] >> piece.shifts[half];
+        }
     }
 }
 

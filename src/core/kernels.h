@@ -32,16 +32,15 @@
 //     Q6_K           32        16.8e6                  4.3e9: does NOT fit
 //     IQ4_XS        127         134e6                  4.3e9: does NOT fit
 //
-// Fast products of quantized weights. The same, of activations rounded to 8 bits, whose codes are
-// at most 127, with a scale for each 16: s, t for the two halves of 32 neighbours. They add
+// Fast products of quantized weights. The same, of activations rounded to 8 bits, s * f * 2^k *
+// code: s of the token, f of 32 neighbours, k of each half of them (BytePiece). With dot = sum of
+// code * code << k of the half, exact, they add
 //
-//     total = fma(scale, fma(t, float(second dot), s * float(first dot)), total)
+//     total = fma(scale * f, float(first dot + second dot), total)
+//     total = fma(minimum, f * float(first sum + second sum), total)
 //
-// or, where the weights have a scale for each 16 as well,
-//
-//     total = fma(scale * s, float(dot), total)                     for one half, then the other
-//
-// and then total = fma(minimum, scaled sum, total), or for each half fma(minimum, s * sum, total).
+// or, where the weights have a scale for each 16, the same for one half, then the other. scale * f
+// is exact. In the end the product is s * total.
 //
 // Fast products of BF16 weights: of inputs rounded to bfloat16, in pairs, by an instruction that
 // takes subnormal numbers for zero and gives zero for them. Parts are as below.
@@ -64,14 +63,25 @@ namespace smolrun {
 // Tokens in a block of the KV cache; also the step in which attention sums.
 inline constexpr int64_t kBlockTokens = 32;
 
-// 32 inputs of one token, rounded to 8 bits: value = scale * code. Codes stand in order, so that
-// four of them meet a quad. A cache line, at a multiple of 64 bytes.
+// What the scale of a piece may be, times a power of two and the scale of its token.
+inline constexpr int kByteFactors = 4;
+inline constexpr float kByteFactor[kByteFactors] = {1.0f, 1.25f, 1.5f, 1.75f};
+inline constexpr float kInverseByteFactor[kByteFactors] = {1.0f, 1 / 1.25f, 1 / 1.5f, 1 / 1.75f};
+// A half whose largest number is below 2^-10 of its token's has the scale of one where it is that.
+inline constexpr int kMostByteShift = 10;
+
+// 32 inputs of one token, rounded to 8 bits: value = scale of the token * kByteFactor[factor] *
+// 2^shift * code. Codes stand in order, so that four of them meet a quad. At most 127, they and
+// their shifts keep sums of 32 products with bytes within 32 bits. A cache line, at a multiple of
+// 64 bytes.
 struct alignas(64) BytePiece {
     int8_t codes[32];
-    float scales[2];   // of each half
-    int32_t sums[2];   // of the codes of each half
-    float scaled_sum;  // scales[0] * sums[0] + scales[1] * sums[1]
-    float unused[3];
+    int32_t shifts[2];      // of each half, 0 to kMostByteShift
+    int32_t sums[2];        // of the codes of each half, << shift
+    int32_t eightfold_sum;  // 8 * (sums[0] + sums[1])
+    int32_t sum_128;        // 128 times
+    float scaled_sum;       // kByteFactor[factor] * (sums[0] + sums[1])
+    int32_t factor;
 };
 
 // 32 inputs of one token, rounded to 16 bits: value = scale * code. Codes stand in quad order,
@@ -97,15 +107,16 @@ struct WordScale {
 // would all want the same few lines of the cache.
 struct Activations {
     int64_t columns;
-    const float* values;      // [tokens][columns]
-    int64_t panel;            // tokens in a panel, 1 to kPanelTokens; the last may have fewer
-    const WordPiece* words;   // [panels][columns/32][panel]
-    const WordScale* scales;  // [panels][columns/32][panel]
-    const BytePiece* bytes;   // [tokens][columns/32], for fast products only
-    const uint32_t* pairs;    // [tokens][ceil(columns/2)], likewise: two inputs of bfloat16 each
+    const float* values;       // [tokens][columns]
+    int64_t panel;             // tokens in a panel, 1 to kPanelTokens; the last may have fewer
+    const WordPiece* words;    // [panels][columns/32][panel]
+    const WordScale* scales;   // [panels][columns/32][panel]
+    const BytePiece* bytes;    // [panels][columns/32][panel], for fast products only
+    const float* byte_scales;  // [tokens], what goes with them
+    const uint32_t* pairs;     // [tokens][ceil(columns/2)], likewise: two inputs of bfloat16 each
 };
 
-inline constexpr int64_t kPanelTokens = 24;
+inline constexpr int64_t kPanelTokens = 48;  // at most
 
 // Attention sums block by block within a segment, and then segment by segment: segments of one
 // token may be computed by several threads.
@@ -153,7 +164,8 @@ constexpr int64_t attention_scratch(int64_t group, int64_t head_dim) {
 }
 
 struct Kernels {
-    const char* name;  // "scalar", "avx2", "avx512"
+    const char* name;      // "scalar", "avx2", "avx512"
+    int64_t panel_tokens;  // in a panel of inputs, where there are as many
 
     // out[t*out_stride + r - row_begin] = dot(weights row r, input t) for row_begin <= r < row_end.
     // row_begin is a multiple of 16; row_end too, or the number of rows.
@@ -174,8 +186,16 @@ struct Kernels {
     void (*quantize)(const float* x, int64_t columns, int64_t panel, WordPiece* words,
                      WordScale* scales);
 
-    // x[columns] -> pieces[columns/32], likewise: scale = max|x| / 127 of each 16.
-    void (*quantize_bytes)(const float* x, int64_t columns, BytePiece* pieces);
+    // x[columns] -> pieces[columns/32], `panel` apart, and the scale of all. With largest = max|x|
+    // of the row, in float: scale = largest / (127 * 1024); each half counts as
+    // at_least = clamp(max|x| of the half * (1024 / largest), 1, 1024); the factor of a piece is
+    // the one that brings factor * 2^k nearest above its larger half, and the shift of a half the
+    // least that does not fall below it; code = x * (127 * 1024 / largest * inverse factor *
+    // 2^-shift), rounded to nearest even. A row whose scale would be below the smallest normal
+    // float counts as zero; one that holds a non-finite value gets a NaN scale. Codes, shifts and
+    // factors are then 0.
+    void (*quantize_bytes)(const float* x, int64_t columns, int64_t panel, BytePiece* pieces,
+                           float* scale);
 
     // x[columns] -> pairs[ceil(columns/2)]: rounded to nearest even, the first of two in the low
     // half; zero after an odd number. Subnormal numbers become zero, numbers that are too large

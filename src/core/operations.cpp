@@ -18,6 +18,8 @@ constexpr int64_t kAskedTogether = 512;
 constexpr int64_t kAskedFirst = 8 * 1024;
 // A tile of prepared inputs stays in the second-level cache while weights stream past it.
 constexpr int64_t kTileBytes = 384 * 1024;
+// But weights are not read again for fewer tokens than this.
+constexpr int64_t kFewestTileTokens = 24;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -62,11 +64,11 @@ int64_t chunk_groups(int64_t groups, int64_t most, int64_t tiles, int threads) {
 }
 
 // unit: rows that a chunk is a multiple of; 0 chooses.
-Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int threads) {
-    const auto in_panels = [](int64_t most) {
-        return most < kPanelTokens ? most : most / kPanelTokens * kPanelTokens;
-    };
-    const int64_t cached = std::max(kPanelTokens, in_panels(kTileBytes / (columns * 2)));
+Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, const StepContext& step,
+            const Worker& worker) {
+    const int64_t panel = step.kernels.panel_tokens;
+    const auto in_panels = [&](int64_t most) { return most < panel ? most : most / panel * panel; };
+    const int64_t cached = in_panels(std::max(kFewestTileTokens, kTileBytes / (columns * 2)));
     Tiling t{};
     t.tokens = tokens;
     t.rows = rows;
@@ -74,17 +76,17 @@ Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit, int thr
     if (unit > 0) most = std::min(most, in_panels(kProductFloats / unit));
     // No last tile of a few tokens, for which all weights would be read again.
     const int64_t even = ceil_div(tokens, ceil_div(tokens, most));
-    t.tile_tokens = even == tokens ? tokens : std::min(most, round_up(even, kPanelTokens));
+    t.tile_tokens = even == tokens ? tokens : std::min(most, round_up(even, panel));
     if (unit > 0) {
         t.chunk_rows = unit;
     } else {
         const int64_t groups = ceil_div(rows, kGroupRows);
-        const int64_t fair = ceil_div(groups, threads * kChunksPerThread);
+        const int64_t fair = ceil_div(groups, worker.threads() * kChunksPerThread);
         const int64_t fitting = std::max<int64_t>(1, kProductFloats / t.tile_tokens / kGroupRows);
         t.chunk_rows = kGroupRows * chunk_groups(groups, std::min(fair, fitting),
-                                                 ceil_div(tokens, t.tile_tokens), threads);
+                                                 ceil_div(tokens, t.tile_tokens), worker.threads());
     }
-    t.panel = std::min(t.tile_tokens, kPanelTokens);
+    t.panel = std::min(t.tile_tokens, panel);
     t.row_chunks = ceil_div(rows, t.chunk_rows);
     t.chunks = ceil_div(tokens, t.tile_tokens) * t.row_chunks;
     return t;
@@ -104,13 +106,14 @@ void prepare_input(const LinkedInput& input, const StepContext& step, int64_t so
         step.kernels.rms_norm(values, input.norm, columns, input.epsilon, normalized);
         values = normalized;
     }
+    const int64_t first = token / panel * panel * (columns / 32) + token % panel;
     if (input.quantize) {
-        const int64_t first = token / panel * panel * (columns / 32) + token % panel;
         step.kernels.quantize(values, columns, panel, scratch.words + first,
                               scratch.scales + first);
     }
     if (input.quantize_bytes) {
-        step.kernels.quantize_bytes(values, columns, scratch.bytes + token * (columns / 32));
+        step.kernels.quantize_bytes(values, columns, panel, scratch.bytes + first,
+                                    scratch.byte_scales + token);
     }
     if (input.round) {
         step.kernels.round_to_bfloat16(values, columns,
@@ -128,6 +131,7 @@ Activations view(const LinkedInput& input, const InputScratch& scratch, const fl
             scratch.words + token * (columns / 32),
             scratch.scales + token * (columns / 32),
             scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32),
+            scratch.bytes == nullptr ? nullptr : scratch.byte_scales + token,
             scratch.pairs == nullptr ? nullptr : scratch.pairs + token * ceil_div(columns, 2)};
 }
 
@@ -302,7 +306,7 @@ void multiply_q(const NormQkv& op, const StepContext& step, const ThreadScratch&
 Tiling tile_heads(const NormQkv& op, const LinkedMatrix& matrix, const StepContext& step,
                   const Worker& worker) {
     return tile(step.arrays.tokens, matrix.weights.rows, op.input.buffer.width,
-                step.dimensions.head_rows(), worker.threads());
+                step.dimensions.head_rows(), step, worker);
 }
 
 void run(const NormQkv& op, const StepContext& step, Worker& worker) {
@@ -442,7 +446,7 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
 void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
     const Tiling tiling =
-        tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, worker.threads());
+        tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, step, worker);
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
@@ -460,7 +464,7 @@ void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
 void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
     const Tiling tiling =
-        tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, worker.threads());
+        tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, step, worker);
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.gate, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
@@ -484,7 +488,7 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
     if (rows == 0) return;
     const int64_t columns = op.input.buffer.width;
     const int64_t vocab_size = op.matrix.weights.rows;
-    const Tiling tiling = tile(rows, vocab_size, columns, 0, worker.threads());
+    const Tiling tiling = tile(rows, vocab_size, columns, 0, step, worker);
     const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
     product_phase(op.input, step, worker, rows, tiling.panel, tiling.chunks, source_token,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {

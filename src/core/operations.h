@@ -97,11 +97,12 @@ using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu,
 
 // Inputs of a product, prepared: room for some tokens.
 struct InputScratch {
-    float* values;      // [tokens][columns]
-    WordPiece* words;   // [panels][columns / 32][panel]
-    WordScale* scales;  // [panels][columns / 32][panel]
-    BytePiece* bytes;   // [tokens][columns / 32]; null where no product is fast
-    uint32_t* pairs;    // [tokens][ceil(columns / 2)]; likewise
+    float* values;       // [tokens][columns]
+    WordPiece* words;    // [panels][columns / 32][panel]
+    WordScale* scales;   // [panels][columns / 32][panel]
+    BytePiece* bytes;    // [panels][columns / 32][panel]; null where no product is fast
+    float* byte_scales;  // [tokens]; likewise
+    uint32_t* pairs;     // [tokens][ceil(columns / 2)]; likewise
 };
 
 // What one thread needs for itself.

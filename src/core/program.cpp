@@ -78,6 +78,7 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
                             layout.array<WordPiece>(tokens * (columns / 32 + 1)),
                             layout.array<WordScale>(tokens * (columns / 32 + 1)),
                             fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr,
+                            fast ? layout.array<float>(tokens) : nullptr,
                             fast ? layout.array<uint32_t>(tokens * (columns / 2 + 1)) : nullptr};
     };
     for (const auto& [name, width] : spec.buffers) {

@@ -23,6 +23,10 @@ constexpr int kSubBlockTileTokens = 8;
 // integer totals.
 constexpr int kUnpackedTileTokens = 4;
 constexpr int kByteTileTokens = 8;
+// None is unrolled: the totals do not fit the registers, and stay in memory.
+constexpr int kByteTileUnrolled = 1;
+// One tile, which then reads its inputs in order.
+constexpr int64_t kTilePanelTokens = 8;
 // Pairs of products with codes of 8 bits do not fit 16.
 constexpr int kByteProductBits = 6;
 constexpr int kTileVectors = 2;
@@ -185,6 +189,9 @@ SMOLRUN_INLINE Words shift_right(Words x) {
 }
 SMOLRUN_INLINE Words shift_right_by(Words x, int count) {
     return _mm256_srl_epi32(x, _mm_cvtsi32_si128(count));
+}
+SMOLRUN_INLINE Words shift_left_by(Words x, int32_t count) {
+    return _mm256_sllv_epi32(x, broadcast_word(count));
 }
 template <int count>
 SMOLRUN_INLINE Words shift_right_16(Words x) {

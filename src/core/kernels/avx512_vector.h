@@ -32,6 +32,10 @@ constexpr int kUnpackedTileTokens = 0;
 // Tokens in a tile of a fast product: as many float totals, beside the 8 words of codes of a piece.
 // And the most bits of weights' codes for which it is faster.
 constexpr int kByteTileTokens = 16;
+// How many of them are unrolled, so that totals are in registers.
+constexpr int kByteTileUnrolled = 16;
+// Whole tiles of either kind. Tiles of 16 of a panel of 48 inputs use all of the first-level cache.
+constexpr int64_t kTilePanelTokens = 48;
 constexpr int kByteProductBits = 8;
 // Tiles of a product of float weights: vectors of rows x tokens, 2 x 12 totals. And so many tokens
 // that one group of rows at a time does.
@@ -153,15 +157,23 @@ SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(codes), "v"(pair));
     return total;
 }
+// total + the four products of bytes, unsigned times signed, in each lane. Again not the intrinsic,
+// around which GCC 12 also loads the quad to a register first.
+SMOLRUN_INLINE Words dot_quad(Words total, Words bytes, const int8_t* quad) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+            : "+v"(total)
+            : "v"(bytes), "m"(*reinterpret_cast<const int8_t (*)[4]>(quad)));
+    return total;
+}
 // Sums of 16 products in each lane: four words of unsigned bytes, each below 2^bits, times 16 codes
 // from -127 to 127, which are the same for all lanes.
 template <int bits>
 SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, const Words& d,
                             const int8_t* codes) {
-    Words total = _mm512_dpbusd_epi32(zero_words(), a, broadcast_quad(codes));
-    total = _mm512_dpbusd_epi32(total, b, broadcast_quad(codes + 4));
-    total = _mm512_dpbusd_epi32(total, c, broadcast_quad(codes + 8));
-    return _mm512_dpbusd_epi32(total, d, broadcast_quad(codes + 12));
+    Words total = dot_quad(zero_words(), a, codes);
+    total = dot_quad(total, b, codes + 4);
+    total = dot_quad(total, c, codes + 8);
+    return dot_quad(total, d, codes + 12);
 }
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm512_or_si512(a, b); }
@@ -178,6 +190,9 @@ SMOLRUN_INLINE Words shift_right(Words x) {
 }
 SMOLRUN_INLINE Words shift_right_by(Words x, int count) {
     return _mm512_srl_epi32(x, _mm_cvtsi32_si128(count));
+}
+SMOLRUN_INLINE Words shift_left_by(Words x, int32_t count) {
+    return _mm512_sllv_epi32(x, broadcast_word(count));
 }
 template <int count>
 SMOLRUN_INLINE Words shift_right_16(Words x) {

@@ -61,21 +61,52 @@ void quantize(const float* x, int64_t columns, int64_t panel, WordPiece* words, 
     }
 }
 
-void quantize_bytes(const float* x, int64_t columns, BytePiece* pieces) {
-    for (BytePiece* piece = pieces; piece < pieces + columns / kPieceWeights; ++piece) {
-        for (int half = 0; half < 2; ++half, x += 16) {
-            const Rounding with = rounding(x, 16, 127.0f);
-            int32_t sum = 0;
-            for (int i = 0; i < 16; ++i) {
-                const int8_t code = rounded<int8_t>(x[i], with);
-                piece->codes[16 * half + i] = code;
-                sum += code;
-            }
-            piece->scales[half] = with.scale;
-            piece->sums[half] = sum;
+// One piece; `largest`: magnitude in the row.
+void quantize_byte_piece(const float* x, float largest, BytePiece& piece) {
+    constexpr float steps = 1 << kMostByteShift;
+    float wanted[2];  // of each half: its scale, where that of the token is 1
+    for (int half = 0; half < 2; ++half) {
+        float most = 0;
+        for (int i = 0; i < 16; ++i) most = std::max(most, std::abs(x[16 * half + i]));
+        wanted[half] = std::clamp(most * (steps / largest), 1.0f, steps);
+    }
+    const float larger = std::max(wanted[0], wanted[1]);
+    int factor = 0, exponent = 0;
+    while (std::ldexp(kByteFactor[factor], exponent) < larger) {
+        if (++factor == kByteFactors) factor = 0, ++exponent;
+    }
+    int32_t sum = 0;
+    for (int half = 0; half < 2; ++half) {
+        int shift = 0;
+        while (std::ldexp(kByteFactor[factor], shift) < wanted[half]) ++shift;
+        const float inverse =
+            std::ldexp(127 * steps / largest * kInverseByteFactor[factor], -shift);
+        int32_t of_half = 0;
+        for (int i = 16 * half; i < 16 * (half + 1); ++i) {
+            piece.codes[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+            of_half += piece.codes[i];
         }
-        piece->scaled_sum = piece->scales[0] * static_cast<float>(piece->sums[0]) +
-                            piece->scales[1] * static_cast<float>(piece->sums[1]);
+        piece.shifts[half] = shift;
+        piece.sums[half] = of_half * (1 << shift);
+        sum += piece.sums[half];
+    }
+    piece.eightfold_sum = 8 * sum;
+    piece.sum_128 = 128 * sum;
+    piece.scaled_sum = kByteFactor[factor] * static_cast<float>(sum);
+    piece.factor = factor;
+}
+
+void quantize_bytes(const float* x, int64_t columns, int64_t panel, BytePiece* pieces,
+                    float* scale) {
+    constexpr float steps = 1 << kMostByteShift;
+    const Rounding with = rounding(x, columns, 127 * steps);
+    *scale = with.scale;
+    float largest = 0;
+    for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, std::abs(x[i]));
+    for (int64_t i = 0; i < columns / kPieceWeights; ++i) {
+        BytePiece& piece = pieces[i * panel];
+        piece = BytePiece{};
+        if (with.inverse != 0) quantize_byte_piece(x + i * kPieceWeights, largest, piece);
     }
 }
 
@@ -251,6 +282,7 @@ void attention(const AttentionTask& task) {
 
 const Kernels kScalarKernels = {
     .name = "scalar",
+    .panel_tokens = kPanelTokens,
 #define X(name, weights, bytes) scalar::linear(WeightType::name),
     .linear = {SMOLRUN_WEIGHT_TYPES(X)},
 #undef X

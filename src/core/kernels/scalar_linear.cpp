@@ -164,37 +164,25 @@ void multiply(const Piece& piece, const int16_t (&codes)[32], const WordScale& i
     }
 }
 
-// The same with inputs of 8 bits.
+// The same with inputs of 8 bits; what is added counts in scales of the token.
 template <WeightType type>
 void multiply_bytes(const Piece& piece, const BytePiece& input, float (&totals)[kRows]) {
     constexpr PackedLayout at = packed_layout(type);
-    constexpr bool sub_blocks = at.sub_block == 16;
-    float first[kRows];  // what the first half has left for the second to add
-    for (int half = 0; half < 2; ++half) {
-        int32_t dots[kRows] = {};
-        for (int i = 16 * half; i < 16 * (half + 1); ++i) {
-            for (int row = 0; row < kRows; ++row) {
-                dots[row] += int32_t{piece.codes[quad_position(i)][row]} * int32_t{input.codes[i]};
-            }
-        }
-        const float scale = input.scales[half];
+    const float factor = kByteFactor[input.factor];
+    int32_t dots[2][kRows] = {};
+    for (int i = 0; i < kPiece; ++i) {
+        const int32_t code = int32_t{input.codes[i]} * (1 << input.shifts[i / 16]);
         for (int row = 0; row < kRows; ++row) {
-            const float dot = static_cast<float>(dots[row]);
-            if constexpr (sub_blocks) {
-                totals[row] = std::fma(piece.scales[half][row] * scale, dot, totals[row]);
-            } else if (half == 0) {
-                first[row] = scale * dot;
-            } else {
-                const float both = std::fma(scale, dot, first[row]);
-                totals[row] = std::fma(piece.scales[0][row], both, totals[row]);
-            }
+            dots[i / at.sub_block][row] += int32_t{piece.codes[quad_position(i)][row]} * code;
         }
     }
-    if constexpr (at.minimum >= 0) {
-        for (int part = 0; part < (sub_blocks ? 2 : 1); ++part) {
-            const float sum = sub_blocks ? input.scales[part] * static_cast<float>(input.sums[part])
-                                         : input.scaled_sum;
-            for (int row = 0; row < kRows; ++row) {
+    for (int part = 0; part < kPiece / at.sub_block; ++part) {
+        const float sum =
+            at.sub_block == 16 ? factor * static_cast<float>(input.sums[part]) : input.scaled_sum;
+        for (int row = 0; row < kRows; ++row) {
+            const float dot = static_cast<float>(dots[part][row]);
+            totals[row] = std::fma(piece.scales[part][row] * factor, dot, totals[row]);
+            if constexpr (at.minimum >= 0) {
                 totals[row] = std::fma(piece.minimums[part][row], sum, totals[row]);
             }
         }
@@ -217,17 +205,20 @@ void quantized_linear(const Matrix& weights, const Activations& input, int64_t t
                 unpack<type>(weights.data + row / kRows * of_group, p, piece);
                 for (int64_t t = 0; t < tile; ++t) {
                     const int64_t token = first + t;
-                    if constexpr (fast) {
-                        multiply_bytes<type>(piece, input.bytes[token * pieces + p], totals[t]);
-                        continue;
-                    }
                     const int64_t at =
                         (token / input.panel * pieces + p) * input.panel + token % input.panel;
-                    multiply<type>(piece, input.words[at].codes, input.scales[at], totals[t]);
+                    if constexpr (fast) {
+                        multiply_bytes<type>(piece, input.bytes[at], totals[t]);
+                    } else {
+                        multiply<type>(piece, input.words[at].codes, input.scales[at], totals[t]);
+                    }
                 }
             }
             const int64_t rows = std::min<int64_t>(kRows, row_end - row);
             for (int64_t t = 0; t < tile; ++t) {
+                if constexpr (fast) {
+                    for (float& total : totals[t]) total *= input.byte_scales[first + t];
+                }
                 std::copy_n(totals[t], rows, out + (first + t) * out_stride + row - row_begin);
             }
         }

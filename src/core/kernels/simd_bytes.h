@@ -15,71 +15,81 @@ template <WeightType type>
 constexpr int bits_of_code =
     packed_layout(type).lookup ? 8 : packed_layout(type).low_bits + packed_layout(type).high_bits;
 
-// What a fast product needs to know of a weight type once codes are unpacked.
-template <int bits_, int offset_, bool sub_blocks_, int minimums_>
-struct ByteSteps {
-    static constexpr int bits = bits_, offset = offset_, minimums = minimums_;
-    static constexpr bool sub_blocks = sub_blocks_;
-};
-template <WeightType type>
-using ByteStepsOf = ByteSteps<bits_of_code<type>, Format<type>::offset, Format<type>::sub_blocks,
-                              Format<type>::minimums>;
+// The scales of a vector of rows in a piece, one for each half where the weights have two, times
+// each factor that inputs may have: for many tokens multiplied once, for few when asked for.
+template <WeightType type, bool few>
+struct FactoredScales {
+    static constexpr int parts = Format<type>::sub_blocks ? 2 : 1;
+    static constexpr int factors = few ? 1 : kByteFactors;
+    alignas(64) float products[parts][factors][kLanes];
 
-// Adds one piece to the total of a vector of rows. `dots`: of each half, offset taken out.
-template <class Steps>
-SMOLRUN_INLINE Floats add_bytes(Floats total, const Words (&dots)[2], const Floats (&scale)[2],
-                                const Floats (&minimum)[2], const BytePiece& input) {
-    const Floats first = broadcast(input.scales[0]), second = broadcast(input.scales[1]);
-    if constexpr (Steps::sub_blocks) {
-        total = fma(mul(scale[0], first), to_floats(dots[0]), total);
-        total = fma(mul(scale[1], second), to_floats(dots[1]), total);
-    } else {
-        const Floats sum = fma(second, to_floats(dots[1]), mul(first, to_floats(dots[0])));
-        total = fma(scale[0], sum, total);
+    SMOLRUN_INLINE explicit FactoredScales(const Scales& scales) {
+        for (int part = 0; part < parts; ++part) {
+            Floats scale = scales.scale;
+            if constexpr (parts == 2) scale = mul(scale, to_floats(scales.sub_scale[part]));
+            store(products[part][0], scale);
+            for (int i = 1; i < factors; ++i) {
+                store(products[part][i], mul(scale, broadcast(kByteFactor[i])));
+            }
+        }
     }
-    if constexpr (Steps::minimums == 1) {
-        total = fma(minimum[0], broadcast(input.scaled_sum), total);
-    } else if constexpr (Steps::minimums == 2) {
+    SMOLRUN_INLINE Floats at(int part, int32_t factor) const {
+        if constexpr (few) return mul(load(products[part][0]), broadcast(kByteFactor[factor]));
+        return load(products[part][factor]);
+    }
+};
+
+// Sums of half a piece: four words of codes, times the inputs.
+template <WeightType type>
+SMOLRUN_INLINE Words half_dot(const Words (&codes)[kPieceQuads], const BytePiece& input, int half) {
+    const Words* const words = codes + 4 * half;
+    return shift_left_by(
+        dot_16<bits_of_code<type>>(words[0], words[1], words[2], words[3], input.codes + 16 * half),
+        input.shifts[half]);
+}
+
+// Takes the offset out of a sum over a piece.
+template <int offset>
+SMOLRUN_INLINE Words without_offset(Words dot, const BytePiece& input) {
+    if constexpr (offset == 128) return sub(dot, broadcast_word(input.sum_128));
+    static_assert(offset % 8 == 0);
+    for (int i = 0; offset != 128 && i < offset / 8; ++i) {
+        dot = sub(dot, broadcast_word(input.eightfold_sum));
+    }
+    return dot;
+}
+// Over half of one.
+template <int offset>
+SMOLRUN_INLINE Words without_offset(Words dot, const BytePiece& input, int half) {
+    if constexpr (offset == 0) return dot;
+    constexpr int shift = __builtin_ctz(static_cast<unsigned>(offset));
+    return sub(dot, shift_right<-shift>(broadcast_word(input.sums[half])));
+}
+
+// Adds one piece to the total of a vector of rows, which counts in scales of the token.
+template <WeightType type, bool few>
+SMOLRUN_INLINE Floats add_bytes(Floats total, const Words (&codes)[kPieceQuads],
+                                const FactoredScales<type, few>& scales, const Floats (&minimum)[2],
+                                const BytePiece& input) {
+    using F = Format<type>;
+    const Words dots[2] = {half_dot<type>(codes, input, 0), half_dot<type>(codes, input, 1)};
+    if constexpr (F::sub_blocks) {
         for (int half = 0; half < 2; ++half) {
-            const float sum = input.scales[half] * static_cast<float>(input.sums[half]);
-            total = fma(minimum[half], broadcast(sum), total);
+            const Words dot = without_offset<F::offset>(dots[half], input, half);
+            total = fma(scales.at(half, input.factor), to_floats(dot), total);
+            if constexpr (F::minimums == 2) {
+                const float sum = kByteFactor[input.factor] * static_cast<float>(input.sums[half]);
+                total = fma(minimum[half], broadcast(sum), total);
+            }
+        }
+    } else {
+        const Words dot = without_offset<F::offset>(add(dots[0], dots[1]), input);
+        total = fma(scales.at(0, input.factor), to_floats(dot), total);
+        if constexpr (F::minimums == 1) {
+            total = fma(minimum[0], broadcast(input.scaled_sum), total);
         }
     }
     return total;
-}
-
-// The sums of half a piece: four words of codes, times the inputs.
-template <class Steps>
-SMOLRUN_INLINE Words half_dot(const Words& a, const Words& b, const Words& c, const Words& d,
-                              const BytePiece& input, int half) {
-    const Words dot = dot_16<Steps::bits>(a, b, c, d, input.codes + 16 * half);
-    if constexpr (Steps::offset == 0) {
-        return dot;
-    } else {
-        constexpr int shift = __builtin_ctz(static_cast<unsigned>(Steps::offset));
-        static_assert(Steps::offset == 1 << shift);
-        return sub(dot, shift_right<-shift>(broadcast_word(input.sums[half])));
-    }
-}
-
-// weight = scale * code + minimum in each half of a piece.
-struct HalfScales {
-    Floats scale[2];
-    Floats minimum[2];
-};
-template <WeightType type>
-SMOLRUN_INLINE HalfScales half_scales(const std::byte* block, int piece, int lane) {
-    using F = Format<type>;
-    const Scales scales = read_scales<type>(block, piece, lane);
-    HalfScales halves;
-    for (int half = 0; half < 2; ++half) {
-        halves.scale[half] = scales.scale;
-        if constexpr (F::sub_blocks) {
-            halves.scale[half] = mul(scales.scale, to_floats(scales.sub_scale[half]));
-        }
-        halves.minimum[half] = scales.minimum[F::minimums == 2 ? half : 0];
-    }
-    return halves;
 }
 
 // ---- products
@@ -91,35 +101,39 @@ SMOLRUN_INLINE void read_quads(const std::byte* low, const std::byte* high,
     if constexpr (quad + 1 < kPieceQuads) read_quads<type, quad + 1>(low, high, out);
 }
 
-// Some tokens and one group of rows, of which there are `rows`.
+// Some tokens of a panel, from the first of a tile on.
+struct BytePanel {
+    const BytePiece* pieces;  // [pieces][panel]
+    const float* scales;      // [tokens]
+    int64_t panel;
+};
+
+// A tile of tokens and one group of rows, of which there are `rows`.
 template <WeightType type, int tokens>
-void multiply_byte_tile(const Matrix& weights, const BytePiece* input, int64_t row, int64_t rows,
+void multiply_byte_tile(const Matrix& weights, const BytePanel& input, int64_t row, int64_t rows,
                         float* out, int64_t out_stride) {
     using F = Format<type>;
-    using Steps = ByteStepsOf<type>;
-    const int64_t pieces = weights.columns / kPieceWeights;
-    const int64_t blocks = pieces / F::block_pieces;
+    const int64_t blocks = weights.columns / kPieceWeights / F::block_pieces;
     const std::byte* block = weights.data + row / kGroupRows * blocks * F::block_bytes;
+    const BytePiece* pieces = input.pieces;
     Floats totals[kGroupVectors][tokens];
     for (auto& of_vector : totals) {
         for (Floats& total : of_vector) total = broadcast(0.0f);
     }
     for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
-        for (int piece = 0; piece < F::block_pieces; ++piece, ++input) {
+        for (int piece = 0; piece < F::block_pieces; ++piece, pieces += input.panel) {
             prefetch_ahead<type>(block, piece);
             for (int v = 0; v < kGroupVectors; ++v) {
                 const int lane = v * kLanes;
                 Words codes[kPieceQuads];
                 read_quads<type>(low_plane<type>(block, piece, lane),
                                  high_plane<type>(block, piece, lane), codes);
-                const HalfScales scales = half_scales<type>(block, piece, lane);
+                const Scales of_piece = read_scales<type>(block, piece, lane);
+                const FactoredScales<type, (tokens <= kByteFactors)> scales(of_piece);
+#pragma GCC unroll kByteTileUnrolled
                 for (int t = 0; t < tokens; ++t) {
-                    const BytePiece& of_token = input[t * pieces];
-                    const Words dots[2] = {
-                        half_dot<Steps>(codes[0], codes[1], codes[2], codes[3], of_token, 0),
-                        half_dot<Steps>(codes[4], codes[5], codes[6], codes[7], of_token, 1)};
-                    totals[v][t] = add_bytes<Steps>(totals[v][t], dots, scales.scale,
-                                                    scales.minimum, of_token);
+                    totals[v][t] =
+                        add_bytes(totals[v][t], codes, scales, of_piece.minimum, pieces[t]);
                 }
             }
         }
@@ -127,14 +141,15 @@ void multiply_byte_tile(const Matrix& weights, const BytePiece* input, int64_t r
     for (int v = 0; v < kGroupVectors && v * kLanes < rows; ++v) {
         const int64_t count = smaller(kLanes, rows - v * kLanes);
         for (int t = 0; t < tokens; ++t) {
-            store_up_to(out + t * out_stride + v * kLanes, totals[v][t], count);
+            store_up_to(out + t * out_stride + v * kLanes,
+                        mul(totals[v][t], broadcast(input.scales[t])), count);
         }
     }
 }
 
 // A tile of `count` tokens, at most `most`.
 template <WeightType type, int most = kByteTileTokens>
-void multiply_byte_tile_of(int64_t count, const Matrix& weights, const BytePiece* input,
+void multiply_byte_tile_of(int64_t count, const Matrix& weights, const BytePanel& input,
                            int64_t row, int64_t rows, float* out, int64_t out_stride) {
     if constexpr (most > 1) {
         if (count < most) {
@@ -152,15 +167,21 @@ void multiply_bytes(const Matrix& weights, const Activations& input, int64_t tok
                     int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                     std::byte* /*scratch*/) {
     const int64_t pieces = weights.columns / kPieceWeights;
-    // As equal as can be: a tile costs one unpacking, however few tokens it has.
-    const int64_t tiles = (tokens + kByteTileTokens - 1) / kByteTileTokens;
     for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
         const int64_t rows = smaller(kGroupRows, row_end - row);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t first = tile * tokens / tiles;
-            const int64_t count = (tile + 1) * tokens / tiles - first;
-            multiply_byte_tile_of<type>(count, weights, input.bytes + first * pieces, row, rows,
-                                        out + first * out_stride + row - row_begin, out_stride);
+        for (int64_t begin = 0; begin < tokens; begin += input.panel) {
+            // As equal as can be: a tile costs one unpacking, however few tokens it has.
+            const int64_t in_panel = smaller(input.panel, tokens - begin);
+            const int64_t tiles = (in_panel + kByteTileTokens - 1) / kByteTileTokens;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t first = tile * in_panel / tiles;
+                const int64_t count = (tile + 1) * in_panel / tiles - first;
+                const int64_t token = begin + first;
+                multiply_byte_tile_of<type>(
+                    count, weights,
+                    {input.bytes + begin * pieces + first, input.byte_scales + token, input.panel},
+                    row, rows, out + token * out_stride + row - row_begin, out_stride);
+            }
         }
     }
 }

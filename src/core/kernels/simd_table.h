@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/simd_attention.h"
+#include "kernels/simd_byte_inputs.h"
 #include "kernels/simd_bytes.h"
 #include "kernels/simd_floats.h"
 #include "kernels/simd_kv.h"
@@ -41,6 +42,7 @@ constexpr Kernels::Dequantize dequantize() {
 consteval Kernels table(const char* name) {
     return {
         .name = name,
+        .panel_tokens = kTilePanelTokens,
 #define X(type, weights, bytes) linear<WeightType::type>(),
         .linear = {SMOLRUN_WEIGHT_TYPES(X)},
 #undef X

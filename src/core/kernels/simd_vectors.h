@@ -55,29 +55,6 @@ void quantize(const float* x, int64_t columns, int64_t panel, WordPiece* words, 
     }
 }
 
-void quantize_bytes(const float* x, int64_t columns, BytePiece* pieces) {
-    constexpr int vectors = 16 / kLanes;
-    for (BytePiece* piece = pieces; piece < pieces + columns / 32; ++piece) {
-        for (int half = 0; half < 2; ++half, x += 16) {
-            Words magnitudes = zero_words();
-            for (int v = 0; v < vectors; ++v) {
-                magnitudes = max(magnitudes, magnitude(load(x + v * kLanes)));
-            }
-            const Rounding with = rounding(magnitudes, 127.0f);
-            Words total = zero_words();
-            for (int v = 0; v < vectors; ++v) {
-                const Words some = rounded(load(x + v * kLanes), with);
-                store_bytes(piece->codes + 16 * half + v * kLanes, some);
-                total = add(total, some);
-            }
-            piece->scales[half] = with.scale;
-            piece->sums[half] = sum_lanes(total);
-        }
-        piece->scaled_sum = piece->scales[0] * static_cast<float>(piece->sums[0]) +
-                            piece->scales[1] * static_cast<float>(piece->sums[1]);
-    }
-}
-
 void rms_norm(const float* x, const float* weight, int64_t columns, float epsilon, float* out) {
     Doubles total{};
     each_vector(columns,
