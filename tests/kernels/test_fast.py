@@ -79,7 +79,9 @@ def rounded(x: Floats) -> tuple[np.ndarray, Floats]:
 def values_of(x: Floats) -> np.ndarray:
     """What a product takes the inputs [tokens, columns] for, in float64."""
     rows = [rounded(row) for row in x]
-    return np.stack([(codes * scales[:, None].astype(np.float64)).ravel() for codes, scales in rows])
+    return np.stack(
+        [(codes * scales.astype(np.float64)[:, None]).ravel() for codes, scales in rows]
+    )
 
 
 def check(weights: Weights, isa: str, x: Floats, what: str = "") -> None:
