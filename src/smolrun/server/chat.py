@@ -39,7 +39,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
         model.stream(raw["messages"], terms=one, **{**arguments, "seed": seed})
         for one, seed in zip(terms, seeds_of(body, count), strict=True)
     ]
-    work = service.work(streams, count)
+    work = service.work(streams, terms, count)
     await while_connected(request, work.start())
     reply = _Reply(service, body)
     if body.stream:

@@ -50,7 +50,7 @@ async def completions(request: Request, service: Service) -> Response:
         model.stream_text(prompt, terms=one, **{**arguments, "seed": seed})
         for one, (prompt, seed) in zip(terms, asked, strict=True)
     ]
-    work = service.work(streams, count)
+    work = service.work(streams, terms, count)
     wants_logprobs = body.logprobs is not None
     try:
         echoes = [Echo()] * len(prompts)

@@ -124,10 +124,10 @@ class Service:
             for place in model.reserve(count)
         ]
 
-    def work(self, streams: Sequence[AsyncStream], choices: int) -> Work:
+    def work(self, streams: Sequence[AsyncStream], terms: Sequence[Terms], choices: int) -> Work:
         """Streams that are not started, `choices` of each prompt, as one piece of work."""
         self.metrics.choices.observe(choices)
-        work = Work(self.limits.ping_seconds, self.metrics, streams, choices)
+        work = Work(self.limits.ping_seconds, self.metrics, streams, terms, choices)
         self._works.add(work)
         return work
 

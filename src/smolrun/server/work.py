@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 
-from smolrun.api import AsyncStream, EndEvent, Event, Result, TextEvent, TokenLogprob
+from smolrun.api import AsyncStream, EndEvent, Event, Result, Terms, TextEvent, TokenLogprob
 from smolrun.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Work:
         ping_seconds: of silence, after which `events` tells of it.
         metrics: count them.
         streams: one for each answer, not started yet.
+        terms: of each, with its place.
         choices: of each prompt, next to each other.
     """
 
@@ -50,12 +51,14 @@ class Work:
         ping_seconds: float,
         metrics: Metrics,
         streams: Sequence[AsyncStream],
+        terms: Sequence[Terms],
         choices: int,
     ) -> None:
         self.results: dict[int, Result] = {}  # of the answers that have ended
         self._ping_seconds = ping_seconds
         self._metrics = metrics
         self._streams = streams
+        self._places = [one.place for one in terms if one.place is not None]
         self._choices = choices
         self._aborted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
 
@@ -71,6 +74,7 @@ class Work:
         except BaseException:
             self.close()
             raise
+        self._places = []  # the engine gives them back
 
     async def all_finished(self, wants_logprobs: bool) -> list[Finished]:
         """Wait for all of them.
@@ -142,6 +146,8 @@ class Work:
         for index, stream in enumerate(self._streams):
             if index not in self.results:
                 stream.cancel()
+        for place in self._places:
+            place.leave()
 
     async def _finished(self, index: int, wants_logprobs: bool) -> Finished:
         stream = self._streams[index]
