@@ -10,7 +10,7 @@ import pytest
 from smolrun.errors import OutputError, RequestError
 from smolrun.files.checkpoint import Checkpoint, open_checkpoint
 from smolrun.files.gguf import GgufFile
-from smolrun.measure.fit import Size, fit_types, quantize_to_fit
+from smolrun.measure.fit import Fitting, Size, quantize_to_fit
 from smolrun.model.random import random_weights
 from smolrun.quant.types import WeightType
 from tests.models import save_folder, small_config
@@ -32,10 +32,12 @@ def sizes(checkpoint: Checkpoint, bits: float) -> int:
 def test_types_fit_and_more_room_loses_less(checkpoint: Checkpoint) -> None:
     from smolrun.files.gguf_names import gguf_name
 
+    job = Fitting(checkpoint)
+    job.measure(TEXT, threads=2)
     losses = []
     for bits in (5.2, 6.5, 9.0, 17.5):
         room = sizes(checkpoint, bits)
-        fit = fit_types(checkpoint, TEXT, room, threads=2)
+        fit = job.choose(room)
         taken = sum(
             tensor.rows * fit.types[gguf_name(name)].row_bytes(tensor.columns)
             if len(tensor.shape) == 2
@@ -51,16 +53,15 @@ def test_types_fit_and_more_room_loses_less(checkpoint: Checkpoint) -> None:
 
 def test_progress(checkpoint: Checkpoint) -> None:
     told: list[tuple[int, int]] = []
-    room = sizes(checkpoint, 8)
-    fit_types(checkpoint, TEXT, room, threads=1, progress=lambda *done: told.append(done))
+    Fitting(checkpoint).measure(TEXT, threads=1, progress=lambda *done: told.append(done))
     assert told == [(i, len(told)) for i in range(len(told))]
 
 
 def test_what_does_not_fit(checkpoint: Checkpoint) -> None:
     with pytest.raises(RequestError, match="does not fit: its matrices take .* at least"):
-        fit_types(checkpoint, TEXT, sizes(checkpoint, 2), threads=1)
+        Fitting(checkpoint).check(sizes(checkpoint, 2))
     with pytest.raises(RequestError, match="the text has 5 tokens"):
-        fit_types(checkpoint, TEXT[:5], sizes(checkpoint, 8), threads=1)
+        Fitting(checkpoint).measure(TEXT[:5], threads=1)
 
 
 @pytest.mark.parametrize(

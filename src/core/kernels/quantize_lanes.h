@@ -108,17 +108,29 @@ inline float unit_of(const float* x, int64_t size) {
     return std::bit_cast<float>(static_cast<uint32_t>(kept + 127) << 23);
 }
 
-// How much more errors of large weights count than those of small ones, where nothing is said of
-// the columns. Where codes are few, the least squared error alone takes too much from the large
-// weights for the sake of the many small ones, and a model suffers (docs/decisions.md).
+// How much more errors of large weights count than those of small ones. Where codes are few, the
+// least squared error alone takes too much from the large weights for the sake of the many small
+// ones, and a model suffers (docs/decisions.md).
 enum class Emphasis {
     none,
     some,  // by the deviation of a sub-block + the weight's magnitude
     full,  // by the magnitude
 };
 
-// Sub-blocks past the end are zeros of importance 1.
 template <Emphasis kEmphasis, int kSize>
+void emphasize(Tile<kSize>& tile, int64_t lane) {
+    if constexpr (kEmphasis == Emphasis::none) return;
+    float base = 0.03f;  // of the unit, so that the smallest are not without importance
+    if constexpr (kEmphasis == Emphasis::some) {
+        float squares = 0;
+        for (int i = 0; i < kSize; ++i) squares += tile.x[i][lane] * tile.x[i][lane];
+        base += std::sqrt(squares / kSize);
+    }
+    for (int i = 0; i < kSize; ++i) tile.w[i][lane] *= base + std::fabs(tile.x[i][lane]);
+}
+
+// Sub-blocks past the end are zeros of importance 1.
+template <Emphasis kAlone, Emphasis kWithImportance, int kSize>
 void load_tile(const BlockRange& from, int64_t block_size, Tile<kSize>& tile) {
     const int64_t parts = block_size / kSize;  // sub-blocks in a block
     for (int64_t lane = 0; lane < kTileLanes; ++lane) {
@@ -133,21 +145,13 @@ void load_tile(const BlockRange& from, int64_t block_size, Tile<kSize>& tile) {
         tile.unit[lane] = part == 0 ? unit_of(x, block_size) : tile.unit[lane - 1];
         const float scale = 1 / tile.unit[lane];
         for (int i = 0; i < kSize; ++i) tile.x[i][lane] = x[part + i] * scale;
-        if (from.importance != nullptr) {
+        if (from.importance == nullptr) {
+            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = 1;
+            emphasize<kAlone>(tile, lane);
+        } else {
             const float* const w = from.importance + block % from.row_blocks * block_size + part;
             for (int i = 0; i < kSize; ++i) tile.w[i][lane] = w[i];
-            continue;
-        }
-        if constexpr (kEmphasis == Emphasis::none) {
-            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = 1;
-        } else {
-            float base = 0.03f;  // of the unit, so that the smallest are not without importance
-            if constexpr (kEmphasis == Emphasis::some) {
-                float squares = 0;
-                for (int i = 0; i < kSize; ++i) squares += tile.x[i][lane] * tile.x[i][lane];
-                base += std::sqrt(squares / kSize);
-            }
-            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = base + std::fabs(tile.x[i][lane]);
+            emphasize<kWithImportance>(tile, lane);
         }
     }
 }

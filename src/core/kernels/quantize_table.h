@@ -30,14 +30,16 @@ Lanes spread(const HalfScale* scales, int lane) {
     return spread;
 }
 
-constexpr Emphasis emphasis(WeightType type) {
+// Of errors of large weights, where the importance of columns is given, and where it is not.
+constexpr Emphasis emphasis(WeightType type, bool importance) {
     switch (type) {
         case WeightType::Q2_K:
+            return importance ? Emphasis::some : Emphasis::full;
         case WeightType::Q3_K:
-            return Emphasis::full;
+            return importance ? Emphasis::none : Emphasis::full;
         case WeightType::IQ4_NL:
         case WeightType::IQ4_XS:
-            return Emphasis::some;
+            return importance ? Emphasis::none : Emphasis::some;
         default:
             return Emphasis::none;
     }
@@ -52,8 +54,8 @@ void each_tile(const QuantizeRows& rows, Work&& work) {
     Tile<kSize> tile;
     for (int64_t first = 0; first < blocks; first += kBlocks) {
         const int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
-        load_tile<emphasis(kType)>(BlockRange{rows.x, rows.importance, row_blocks, first, count},
-                                   kSize * kParts, tile);
+        load_tile<emphasis(kType, false), emphasis(kType, true)>(
+            BlockRange{rows.x, rows.importance, row_blocks, first, count}, kSize * kParts, tile);
         work(tile, reinterpret_cast<uint8_t*>(rows.out) + first * layout(kType).bytes, count);
     }
 }

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from smolrun.files.imatrix import ImportanceMatrix
 from smolrun.files.quantize import Quantized, quantize_files
 from smolrun.files.weights import NativeWeights, WeightLoading, weight_of
 from smolrun.measure.divergence import kl_divergence
-from smolrun.measure.importance import multiplied
+from smolrun.measure.importance import SummingRunner, multiplied
 from smolrun.model.llama import build
 from smolrun.model.program import Program
 from smolrun.quant.blocks import dequantize
@@ -47,15 +48,16 @@ from smolrun.text.tokenizer import Tokenizer
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
-TOKENS = 512  # of the text that is read, from an empty cache
+TOKENS = 512  # that are read from an empty cache
+IMPORTANCE_TOKENS = 4096
 _ROWS = 128  # tokens of a step
 
 # What a weight may become, where its blocks fill the rows.
 _CHOICES = [
     WeightType(name)
     for name in (
-        "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0",
-        "BF16",
+        "Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K",
+        "Q8_0", "BF16",
     )
 ]  # fmt: skip
 # What sensitivities are measured with: a loss that is well above rounding and still small.
@@ -101,92 +103,111 @@ class Fit:
     importance: ImportanceMatrix  # of the text
 
 
-def fit_types(
-    checkpoint: Checkpoint,
-    text: Sequence[int],
-    room: int,
-    *,
-    threads: int,
-    importance: ImportanceMatrix | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Fit:
-    """Choose the type of every matrix.
+class Fitting:
+    """What each matrix of a model may become, how large that is, and once measured, what it loses.
 
     Args:
         checkpoint: the model, better one that is not quantized.
-        text: tokens that it is measured on; the first 512 count.
-        room: bytes that tensors may take in the file, vectors included.
-        threads: to compute with.
-        importance: of columns; None: measured on the text.
-        progress: told the models measured and all.
 
     Raises:
-        RequestError: the model does not fit, whatever the types; or the text is too short.
+        ModelFormatError, UnsupportedError: as `build`.
     """
-    program = build(checkpoint.config)
-    tokens = np.array(text[:TOKENS], np.int32)
-    if len(tokens) < BLOCK_TOKENS:
-        raise RequestError(f"the text has {len(tokens)} tokens; take one of {TOKENS} or more")
-    matrices = {
-        name: checkpoint.tensors[name] for name, shape in program.weights.items() if shape[1:]
-    }
-    vectors = [shape for shape in program.weights.values() if not shape[1:]]
-    room -= sum(padded(4 * shape[0], DEFAULT_ALIGNMENT) for shape in vectors)
-    choices = {
-        name: [t for t in _CHOICES if tensor.columns % t.block_weights == 0] or [WeightType.BF16]
-        for name, tensor in matrices.items()
-    }
-    sizes = {
-        name: [
-            padded(tensor.rows * t.row_bytes(tensor.columns), DEFAULT_ALIGNMENT)
-            for t in choices[name]
-        ]
-        for name, tensor in matrices.items()
-    }
-    smallest = sum(map(min, sizes.values()))
-    if smallest > room:
-        raise RequestError(
-            f"the model does not fit: its matrices take {smallest} bytes at least, and "
-            f"{max(room, 0)} are left for them"
-        )
-    with WeightLoading.from_file(checkpoint, program, threads) as loading:
-        weights = loading.finish()
-    reader = _Reader(program, threads)
-    base, squares = reader.read(weights, tokens)
-    matrix = importance or ImportanceMatrix(squares, dict.fromkeys(squares, len(tokens)))
-    groups = _groups(list(matrices))
-    with ThreadPoolExecutor(threads) as pool:
-        sensitivity = {}
-        for done, group in enumerate(groups):
-            if progress is not None:
-                progress(done, len(groups) + 1)
-            changed, error = _probed([matrices[name] for name in group], matrix, pool)
-            logits, _ = reader.read({**weights, **changed}, tokens)
-            kl = float(kl_divergence(base, logits).mean())
-            sensitivity.update(dict.fromkeys(group, max(kl, 0.0) / error if error else 0.0))
-        del weights
-        if progress is not None:
-            progress(len(groups), len(groups) + 1)
-        costs = {
-            name: list(
-                pool.map(
-                    lambda kind, tensor=tensor, name=name: (
-                        sensitivity[name]
-                        * _error(tensor, kind, matrix.importance(gguf_name(name)))[1]
-                    ),
-                    choices[name],
-                )
-            )
-            for name, tensor in matrices.items()
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._program = build(checkpoint.config)
+        shapes = self._program.weights
+        self._matrices = {name: checkpoint.tensors[name] for name in shapes if shapes[name][1:]}
+        self._choices = {
+            name: [t for t in _CHOICES if tensor.columns % t.block_weights == 0]
+            or [WeightType.BF16]
+            for name, tensor in self._matrices.items()
         }
-    options = [list(zip(sizes[name], costs[name], strict=True)) for name in matrices]
-    found = cheapest(options, room)
-    assert found is not None, "the smallest types fit"
-    return Fit(
-        {gguf_name(name): choices[name][i] for name, i in zip(matrices, found, strict=True)},
-        sum(costs[name][i] for name, i in zip(matrices, found, strict=True)),
-        matrix,
-    )
+        self._sizes = {
+            name: [
+                padded(tensor.rows * t.row_bytes(tensor.columns), DEFAULT_ALIGNMENT)
+                for t in self._choices[name]
+            ]
+            for name, tensor in self._matrices.items()
+        }
+        vectors = [shape for shape in shapes.values() if not shape[1:]]
+        self._vectors = sum(padded(4 * shape[0], DEFAULT_ALIGNMENT) for shape in vectors)
+        self._costs: dict[str, list[float]] = {}
+        self._importance = ImportanceMatrix({}, {})
+
+    def check(self, room: int) -> None:
+        """Raise RequestError where tensors do not fit into so many bytes, whatever their types."""
+        smallest = sum(map(min, self._sizes.values()))
+        if smallest + self._vectors > room:
+            raise RequestError(
+                f"the model does not fit: its matrices take {smallest} bytes at least, and "
+                f"{max(room - self._vectors, 0)} are left for them"
+            )
+
+    def measure(
+        self,
+        text: Sequence[int],
+        *,
+        threads: int,
+        importance: ImportanceMatrix | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Measure what each matrix loses in each type.
+
+        Args:
+            text: tokens; divergence is measured on the first 512, the importance of columns on
+                the first 4096.
+            threads: to compute with.
+            importance: of columns; None: measured.
+            progress: told the models measured and all.
+
+        Raises:
+            RequestError: the text is too short.
+        """
+        tokens = np.array(text[:IMPORTANCE_TOKENS], np.int32)
+        if len(tokens) < BLOCK_TOKENS:
+            raise RequestError(f"the text has {len(tokens)} tokens; take one of {TOKENS} or more")
+        reader = _Reader(self._program, threads)
+        weights = self._loaded(threads)
+        matrix = importance or reader.importance(weights, tokens)
+        tokens = tokens[:TOKENS]
+        base = reader.read(weights, tokens)
+        groups = _groups(list(self._matrices))
+        sensitivity: dict[str, float] = {}
+        with ThreadPoolExecutor(threads) as pool:
+            for done, group in enumerate(groups):
+                if progress is not None:
+                    progress(done, len(groups) + 1)
+                changed, error = _probed([self._matrices[name] for name in group], matrix, pool)
+                kl = float(kl_divergence(base, reader.read({**weights, **changed}, tokens)).mean())
+                sensitivity.update(dict.fromkeys(group, max(kl, 0.0) / error if error else 0.0))
+            del weights
+            if progress is not None:
+                progress(len(groups), len(groups) + 1)
+            for name, tensor in self._matrices.items():
+                columns = matrix.importance(gguf_name(name))
+                errors = pool.map(partial(_error, tensor, importance=columns), self._choices[name])
+                self._costs[name] = [sensitivity[name] * error for _, error in errors]
+        self._importance = matrix
+
+    def choose(self, room: int) -> Fit:
+        """The types that lose least; `room`: bytes that tensors may take, vectors included."""
+        self.check(room)
+        options = [
+            list(zip(self._sizes[name], costs, strict=True)) for name, costs in self._costs.items()
+        ]
+        found = cheapest(options, room - self._vectors)
+        assert found is not None, "the smallest types fit"
+        chosen = list(zip(self._costs, found, strict=True))
+        return Fit(
+            {gguf_name(name): self._choices[name][i] for name, i in chosen},
+            sum(self._costs[name][i] for name, i in chosen),
+            self._importance,
+        )
+
+    def _loaded(self, threads: int) -> NativeWeights:
+        with WeightLoading.from_file(self._checkpoint, self._program, threads) as loading:
+            return loading.finish()
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:
@@ -206,26 +227,46 @@ class _Reader:
     def __init__(self, program: Program, threads: int) -> None:
         self._program, self._threads = program, threads
 
-    def read(self, weights: NativeWeights, tokens: Ints) -> tuple[Floats, Mapping[str, Floats]]:
-        """Logits (n, vocab_size), and for each matrix the squares of its inputs, (columns,)."""
-        blocks = -(-len(tokens) // BLOCK_TOKENS)
-        runner = build_runner(
-            self._program, weights, kv_blocks=blocks, threads=self._threads, max_step_tokens=_ROWS
-        )
-        runner.collect_squares(True)
-        table = np.arange(blocks, dtype=np.int32)[None]
+    def read(self, weights: NativeWeights, tokens: Ints) -> Floats:
+        """Logits (n, vocab_size)."""
         logits = np.empty((len(tokens), self._program.config.vocab_size), np.float32)
+        self._read(self._runner(weights), tokens, logits)
+        return logits
+
+    def importance(self, weights: NativeWeights, tokens: Ints) -> ImportanceMatrix:
+        """Of the columns of all matrices."""
+        runner = self._runner(weights)
+        runner.collect_squares(True)
+        for begin in range(0, len(tokens), TOKENS):
+            part = tokens[begin : begin + TOKENS]
+            # The head sees the tokens whose logits are asked for.
+            self._read(runner, part, np.empty((len(part), self._program.config.vocab_size), "f4"))
+        squares = runner.squares()
+        sums = {
+            gguf_name(name): np.array(squares[index], np.float32)
+            for index, name in multiplied(self._program)
+        }
+        pieces = -(-len(tokens) // TOKENS)
+        return ImportanceMatrix(sums, dict.fromkeys(sums, len(tokens)), (), pieces, TOKENS)
+
+    def _runner(self, weights: NativeWeights) -> SummingRunner:
+        return build_runner(
+            self._program,
+            weights,
+            kv_blocks=TOKENS // BLOCK_TOKENS,
+            threads=self._threads,
+            max_step_tokens=_ROWS,
+        )
+
+    def _read(self, runner: SummingRunner, tokens: Ints, logits: Floats) -> None:
+        """From an empty cache."""
+        table = np.arange(TOKENS // BLOCK_TOKENS, dtype=np.int32)[None]
         for begin in range(0, len(tokens), _ROWS):
             places = np.arange(begin, min(begin + _ROWS, len(tokens)), dtype=np.int32)
             runner.step(
                 tokens[places], places, np.zeros_like(places), table, places - np.int32(begin),
                 logits[places[0] : places[-1] + 1],
             )  # fmt: skip
-        squares = runner.squares()
-        return logits, {
-            gguf_name(name): np.array(squares[index], np.float32)
-            for index, name in multiplied(self._program)
-        }
 
 
 def _probed(
@@ -283,7 +324,7 @@ def quantize_to_fit(
     Args:
         source, target, overwrite, dry_run, progress: as for `quantize_files`.
         size: of the file.
-        text: what the loss is measured on; about 400 words count.
+        text: what the loss is measured on; about 3000 words count.
         text_name: what the file says of it.
         importance: of columns; None: measured on the text.
         threads: default: as many as the CPUs, their cores and the cgroup allow.
@@ -307,9 +348,10 @@ def quantize_to_fit(
             raise RequestError(f"{checkpoint.path}: has no tokenizer, so it can not read a text")
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
         tokens = tokenizer.encode(text, parse_special=False)
-        fit = fit_types(
-            checkpoint, tokens, room, threads=workers, importance=importance, progress=measuring
-        )
+        job = Fitting(checkpoint)
+        job.check(room)
+        job.measure(tokens, threads=workers, importance=importance, progress=measuring)
+        fit = job.choose(room)
     finally:
         checkpoint.close()
     weights: Counter[WeightType] = Counter(fit.types.values())

@@ -10,6 +10,7 @@ import numpy as np
 from smolrun.api import Model
 from smolrun.engine.forward import Forward
 from smolrun.engine.likelihood import WINDOW_TOKENS
+from smolrun.engine.runner import Runner
 from smolrun.errors import RequestError
 from smolrun.files.gguf_names import gguf_name
 from smolrun.files.imatrix import ImportanceMatrix
@@ -19,10 +20,14 @@ from smolrun.model.program import LinearAdd, NormLogits, NormQKV, NormSwiGLU, Pr
 _ROWS = 128
 
 
-class _SummingRunner(Protocol):
-    def collect_squares(self, on: bool) -> None: ...
+class SummingRunner(Runner, Protocol):
+    """A runner that adds up the squares of what its weights are multiplied with."""
 
-    def squares(self) -> list[list[float]]: ...
+    def collect_squares(self, on: bool) -> None:
+        """Whether the steps from now on do, from 0."""
+
+    def squares(self) -> list[list[float]]:
+        """The sums so far, [operation][column]; empty for an operation without products."""
 
 
 def measure_importance(
@@ -54,7 +59,7 @@ def measure_importance(
             "smaller pieces"
         )
     engine = model.loaded.engine
-    runner = cast(_SummingRunner, engine.runner)
+    runner = cast(SummingRunner, engine.runner)
     cache = Forward(engine)
     engine.call(lambda: runner.collect_squares(True))
     try:
