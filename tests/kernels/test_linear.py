@@ -75,6 +75,18 @@ def test_the_number_of_tokens_changes_no_bit(isa: str, weight_type: WeightType) 
 
 
 @each_isa
+@pytest.mark.parametrize("weight_type", [t for t in WeightType if t.is_float])
+def test_many_tokens_of_long_rows_of_floats(isa: str, weight_type: WeightType) -> None:
+    # Weights are converted in blocks of 128 rows and 512 columns, for all tokens at once.
+    weights = Weights.random(weight_type, 149, 1101)
+    x = random_inputs(133, 1101)
+    check(weights, isa, x)
+    found = weights.linear(isa, x)
+    for token in (0, 11, 12, 132):
+        assert_same_bits(found[token : token + 1], weights.linear(isa, x[token : token + 1]))
+
+
+@each_isa
 @each_type
 def test_cutting_the_rows_changes_no_bit(isa: str, weight_type: WeightType) -> None:
     rows, columns = 16 * 9 + 5, 256

@@ -32,6 +32,8 @@ constexpr int kByteProductBits = 6;
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 6;
 constexpr int kFewFloatTokens = 3;
+constexpr int kConvertedF16Tokens = 0;
+constexpr int kConvertedBf16Tokens = 24;
 constexpr int kTileRowsOfAttention = 2;
 constexpr int kAttentionTotals = 8;
 

@@ -42,6 +42,9 @@ constexpr int kByteProductBits = 8;
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 12;
 constexpr int kFewFloatTokens = 6;
+// And so many that a block of F16 or BF16 weights is converted to float32 once for all; 0: never.
+constexpr int kConvertedF16Tokens = 128;
+constexpr int kConvertedBf16Tokens = 0;
 // Tiles of attention: rows that share a load of K or V, and totals in registers.
 constexpr int kTileRowsOfAttention = 12;
 constexpr int kAttentionTotals = 24;

@@ -132,14 +132,15 @@ void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
     }
 }
 
+// Few tokens: one stream through memory, which the CPU foresees better than several. More of them:
+// a tile's inputs stay in the first-level cache, and the weights of a block in the second.
+constexpr int64_t kFloatBlockRows = 128;
+
 // `inputs`: [tokens][stride], of four bytes each.
 template <class Product>
 void multiply_float_rows(const Matrix& weights, const void* inputs, int64_t stride, int64_t tokens,
                          int64_t row_begin, int64_t row_end, float* out, int64_t out_stride) {
-    // Few tokens: one stream through memory, which the CPU foresees better than several. More of
-    // them: a tile's inputs stay in the first-level cache, and the weights of a block in the
-    // second.
-    const int64_t block_rows = tokens <= kFewFloatTokens ? kGroupRows : 128;
+    const int64_t block_rows = tokens <= kFewFloatTokens ? kGroupRows : kFloatBlockRows;
     constexpr int64_t step_columns = Product::step_columns, step_bytes = Product::step_bytes;
     const int64_t columns = weights.columns;
     const int64_t group_bytes = (columns + step_columns - 1) / step_columns * step_bytes;
@@ -161,10 +162,70 @@ void multiply_float_rows(const Matrix& weights, const void* inputs, int64_t stri
     }
 }
 
+// Some columns of a group of rows as float32: out[columns][16].
+template <WeightType type>
+void convert_group(const std::byte* weights, int64_t columns, float* out) {
+    using Product = FloatProduct<type>;
+    for (int64_t column = 0; column < columns; column += Product::step_columns) {
+        for (int lane = 0; lane < kGroupRows; lane += kLanes) {
+            store(out + lane, Product::template weights<0>(weights, lane));
+            if (Product::parts == 2 && column + 1 < columns) {
+                store(out + kGroupRows + lane,
+                      Product::template weights<Product::parts - 1>(weights, lane));
+            }
+        }
+        weights += Product::step_bytes;
+        out += kGroupRows * Product::step_columns;
+    }
+}
+
+// As multiply_float_rows, for so many tokens that a block is converted once for all of them.
+template <WeightType type>
+void multiply_converted_rows(const Matrix& weights, const float* inputs, int64_t tokens,
+                             int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
+                             float* converted) {
+    static_assert(kFloatBlockRows * kFloatPartColumns * int64_t{sizeof(float)} <= kLinearScratch);
+    using Product = FloatProduct<type>;
+    const int64_t columns = weights.columns;
+    const int64_t group_bytes =
+        (columns + Product::step_columns - 1) / Product::step_columns * Product::step_bytes;
+    for (int64_t row = row_begin; row < row_end; row += kFloatBlockRows) {
+        const int64_t rows = smaller(kFloatBlockRows, row_end - row);
+        for (int64_t column = 0; column < columns; column += kFloatPartColumns) {
+            const int64_t count = smaller(kFloatPartColumns, columns - column);
+            const std::byte* group = weights.data + row / kGroupRows * group_bytes +
+                                     column / Product::step_columns * Product::step_bytes;
+            for (int64_t i = 0; i < rows; i += kGroupRows, group += group_bytes) {
+                convert_group<type>(group, count, converted + i * count);
+            }
+            FloatPart part{};
+            part.weights = reinterpret_cast<const std::byte*>(converted);
+            part.group_bytes = kGroupRows * count * int64_t{sizeof(float)};
+            part.inputs = reinterpret_cast<const std::byte*>(inputs + column);
+            part.input_bytes = columns * int64_t{sizeof(float)};
+            part.input_count = count;
+            part.first = column == 0;
+            part.out = out + row - row_begin;
+            part.out_stride = out_stride;
+            multiply_float_part<FloatProduct<WeightType::F32>>(part, rows, tokens);
+        }
+    }
+}
+
 template <WeightType type>
 void multiply_floats(const Matrix& weights, const Activations& input, int64_t tokens,
                      int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
-                     std::byte*) {
+                     [[maybe_unused]] std::byte* scratch) {
+    constexpr int least = type == WeightType::F16    ? kConvertedF16Tokens
+                          : type == WeightType::BF16 ? kConvertedBf16Tokens
+                                                     : 0;
+    if constexpr (least != 0) {
+        if (tokens >= least) {
+            multiply_converted_rows<type>(weights, input.values, tokens, row_begin, row_end, out,
+                                          out_stride, reinterpret_cast<float*>(scratch));
+            return;
+        }
+    }
     multiply_float_rows<FloatProduct<type>>(weights, input.values, weights.columns, tokens,
                                             row_begin, row_end, out, out_stride);
 }
