@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smolrun.errors import NonFiniteError
@@ -200,6 +202,30 @@ def test_score(server: Running) -> None:
     assert [one["greedy"] for one in reply["data"]] == [one.greedy for one in expected]
     assert server.post("/v1/score", {"prompt": "a", "choices": []}).status_code == 400
     assert server.post("/v1/score", {"prompt": [1], "choices": ["a"]}).status_code == 400
+
+
+def test_embeddings(server: Running) -> None:
+    texts = ["The sky is blue", "A small model", "a", "b c", "d"]
+    expected = server.model.embed(texts)
+    ids = [server.model.tokenize(text) for text in texts]
+    several: list[Any] = [texts, ids]
+    for given in several:
+        reply = server.post("/v1/embeddings", {"input": given}).json()
+        assert [one["index"] for one in reply["data"]] == list(range(5))
+        found = np.array([one["embedding"] for one in reply["data"]], np.float32)
+        assert (found == expected).all()
+        assert reply["usage"]["prompt_tokens"] == sum(map(len, ids))
+    for given in (several[0][0], several[1][0]):
+        body = {"input": given, "encoding_format": "base64", "dimensions": expected.shape[1]}
+        (one,) = server.post("/v1/embeddings", body).json()["data"]
+        assert (np.frombuffer(base64.b64decode(one["embedding"]), "<f4") == expected[0]).all()
+    refused: list[dict[str, Any]] = [
+        {"input": ""}, {"input": []}, {"input": [""]}, {"input": [[]]}, {"input": [400]},
+        {"input": ["a"] * 257}, {"input": "a", "dimensions": 7}, {"input": [5] * 3000},
+    ]  # fmt: skip
+    for wrong in refused:
+        assert server.post("/v1/embeddings", wrong).status_code == 400, wrong
+    server.check_health()
 
 
 def test_tokens_and_templates(server: Running) -> None:

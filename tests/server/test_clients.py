@@ -62,6 +62,8 @@ def test_openai(client: openai.OpenAI, guarded: Running) -> None:  # CLI-01, STR
     assert chunks[-2].choices[0].finish_reason == "length"
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    vectors = client.embeddings.create(model="tiny", input=["The sky", "a"])
+    assert vectors.data[1].embedding == pytest.approx(guarded.model.embed("a"), abs=1e-6)
     completion = client.completions.create(
         model="tiny", prompt="The sky", max_tokens=3, echo=True, logprobs=2
     )

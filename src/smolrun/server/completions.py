@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from smolrun.api import AsyncModel, EndEvent, ProgressEvent, Result, TextEvent, TokenLogprob
 from smolrun.server import replies
-from smolrun.server.endpoint import EventStream, client_of, json_reply, read_body
+from smolrun.server.endpoint import EventStream, client_of, json_reply, prompts_of, read_body
 from smolrun.server.errors import invalid
 from smolrun.server.fields import sampling_of, seeds_of, structure_of
 from smolrun.server.schema import CompletionRequest
@@ -42,7 +42,7 @@ async def completions(request: Request, service: Service) -> Response:
         raise invalid("max_tokens", "expected at least 1 without echo, got 0")
     if only_prompt:
         arguments["max_tokens"] = 1
-    prompts = _prompts(raw["prompt"])
+    prompts = prompts_of(raw["prompt"])
     asked = [(prompt, seed) for prompt in prompts for seed in seeds_of(body, count)]
     param = "prompt" if len(prompts) > 1 else "n"
     terms = service.terms(body, client_of(request), len(asked), param)
@@ -68,13 +68,6 @@ async def completions(request: Request, service: Service) -> Response:
         return EventStream(request, reply.chunks(work), work)
     finished = await while_connected(request, work.all_finished(wants_logprobs))
     return json_reply(reply.whole(finished))
-
-
-def _prompts(prompt: Any) -> list[str | list[int]]:
-    """The prompts of a request, each a text or token ids."""
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]
-    return list(prompt)
 
 
 async def _echo(model: AsyncModel, prompt: str | list[int], top: int | None) -> Echo:

@@ -57,6 +57,13 @@ async def read_body(request: Request, service: Service, kind: type[T]) -> tuple[
     return parsed() if len(body) < _SHORT_BODY else await service.off_loop(parsed)
 
 
+def prompts_of(value: Any) -> list[str | list[int]]:
+    """Prompts of a checked request, each a text or token ids, whether one came or several."""
+    if isinstance(value, str) or isinstance(value[0], int):
+        return [value]
+    return list(value)
+
+
 def client_of(request: Request) -> str:
     """Whose request it is: a name made from its key, or nothing where no keys are needed."""
     return str(request.scope["state"].get("client", ""))

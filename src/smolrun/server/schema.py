@@ -287,6 +287,23 @@ class ScoreRequest(Strict):
     )
 
 
+Inputs = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, max_length=_LIMITS.embedding_inputs),
+]
+TokenInputs = Annotated[list[TokenPrompt], Field(min_length=1, max_length=_LIMITS.embedding_inputs)]
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings."""
+
+    model: str | None = None
+    input: Annotated[str, Field(min_length=1)] | TokenPrompt | Inputs | TokenInputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+
 class TokenizeRequest(Strict):
     """POST /tokenize: a text, or a conversation."""
 

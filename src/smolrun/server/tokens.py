@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from smolrun.api import Terms
 from smolrun.server import replies
-from smolrun.server.endpoint import json_reply, read_body
+from smolrun.server.endpoint import client_of, json_reply, prompts_of, read_body
 from smolrun.server.errors import invalid
 from smolrun.server.fields import thinking_of
 from smolrun.server.schema import (
     DetokenizeRequest,
+    EmbeddingRequest,
     ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
@@ -73,6 +76,44 @@ async def apply_template(request: Request, service: Service) -> Response:
         )
 
     return json_reply({"prompt": await service.aside(run)})
+
+
+async def embeddings(request: Request, service: Service) -> Response:
+    """A vector of length 1 for each text: the mean of the last hidden states."""
+    raw, body = await read_body(request, service, EmbeddingRequest)
+    model = service.model(body.model)
+    size = model.model.config.hidden_size
+    if body.dimensions not in (None, size):
+        raise invalid("dimensions", f"this model's vectors have {size}")
+    inputs = prompts_of(raw["input"])
+
+    def encoded() -> list[list[int]]:
+        tokenize = model.model.tokenize
+        return [tokenize(text) if isinstance(text, str) else text for text in inputs]
+
+    ids = await service.aside(encoded)
+    client = client_of(request)
+    limits = service.limits
+    terms = Terms(client, client.encode(), limits.queue_seconds, limits.total_seconds)
+    data = []
+    # A few at a time: each has a place in the queue.
+    for start in range(0, len(ids), service.settings.parallel):
+        batch = ids[start : start + service.settings.parallel]
+        vectors = await while_connected(request, model.embed(batch, terms=terms))
+        for index, vector in enumerate(vectors, start):
+            value: Any = vector.tolist()
+            if body.encoding_format == "base64":
+                value = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            data.append({"object": "embedding", "index": index, "embedding": value})
+    count = sum(map(len, ids))
+    return json_reply(
+        {
+            "object": "list",
+            "data": data,
+            "model": body.model or service.names[0],
+            "usage": {"prompt_tokens": count, "total_tokens": count},
+        }
+    )
 
 
 async def score(request: Request, service: Service) -> Response:
