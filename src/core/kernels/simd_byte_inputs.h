@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "kernels/simd_common.h"
+#include "kernels/simd_vectors.h"
 
 namespace smolrun {
 namespace {
@@ -36,53 +36,85 @@ SMOLRUN_INLINE ByteRounding byte_rounding(__m128 largest, float steps, float fin
     return with;
 }
 
+// The largest magnitude in each half of two pieces, of which there may be but one.
+template <int pieces>
+SMOLRUN_INLINE __m128 largest_of_halves(const float* x) {
+    Floats largest[4] = {};
+    for (int half = 0; half < 2 * pieces; ++half, x += 16) {
+        largest[half] = as_floats(magnitude(load(x)));
+        for (int i = kLanes; i < 16; i += kLanes) {
+            largest[half] = max(largest[half], as_floats(magnitude(load(x + i))));
+        }
+    }
+    return max_lanes(largest[0], largest[1], largest[2], largest[3]);
+}
+
+template <int pieces>
+SMOLRUN_INLINE void store_byte_codes(const float* x, const ByteRounding& with, int64_t panel,
+                                     BytePiece* to) {
+    float inverse[4];
+    _mm_storeu_ps(inverse, with.inverse);
+    for (int half = 0; half < 2 * pieces; ++half) {
+        for (int i = 0; i < 16; i += kLanes) {
+            const Floats scaled = mul(load(x + 16 * half + i), broadcast(inverse[half]));
+            store_bytes(to[half / 2 * panel].codes + 16 * (half % 2) + i, round_to_words(scaled));
+        }
+    }
+}
+
+// Sums of 8 codes each.
+SMOLRUN_INLINE __m256i sums_of_codes(const BytePiece& piece) {
+    const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(piece.codes));
+    const __m256i sums =
+        _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    return _mm256_sub_epi64(sums, _mm256_set1_epi64x(8 * 128));
+}
+
 // What follows the codes in a piece.
 SMOLRUN_INLINE void store_sums(BytePiece* piece, __m128i shifts_and_sums, __m128i rest) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(piece->shifts), shifts_and_sums);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(&piece->eightfold_sum), rest);
 }
 
-// One piece or two of a row that is finite and not zero.
 template <int pieces>
-SMOLRUN_INLINE void quantize_byte_pieces(const float* x, int64_t panel, BytePiece* piece,
-                                         float steps, float finest) {
-    constexpr int vectors = 16 / kLanes;
-    Floats largest[4];
-    for (int half = 0; half < 4; ++half) {
-        largest[half] = broadcast(0.0f);
-        for (int v = 0; half < 2 * pieces && v < vectors; ++v) {
-            const Words bits = bits_of(load(x + 16 * half + v * kLanes));
-            largest[half] =
-                max(largest[half], as_floats(bit_and(bits, broadcast_word(0x7fffffff))));
-        }
-    }
-    const ByteRounding with =
-        byte_rounding(max_lanes(largest[0], largest[1], largest[2], largest[3]), steps, finest);
-    float inverse[4];
-    _mm_storeu_ps(inverse, with.inverse);
-    Words totals[4];
-    for (int half = 0; half < 4; ++half) {
-        totals[half] = zero_words();
-        for (int v = 0; half < 2 * pieces && v < vectors; ++v) {
-            const Words codes =
-                round_to_words(mul(load(x + 16 * half + v * kLanes), broadcast(inverse[half])));
-            store_bytes(piece[half / 2 * panel].codes + 16 * (half % 2) + v * kLanes, codes);
-            totals[half] = add(totals[half], codes);
-        }
-    }
-    const __m128i sums =
-        _mm_sllv_epi32(sum_lanes(totals[0], totals[1], totals[2], totals[3]), with.shifts);
+SMOLRUN_INLINE void store_byte_sums(const ByteRounding& with, int64_t panel, BytePiece* to) {
+    const __m256i first = sums_of_codes(to[0]);
+    const __m256i second = pieces == 2 ? sums_of_codes(to[panel]) : _mm256_setzero_si256();
+    // Halves 0, 2, 1, 3, 64 bits each.
+    const __m256i halves = _mm256_add_epi64(_mm256_unpacklo_epi64(first, second),
+                                            _mm256_unpackhi_epi64(first, second));
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6);
+    const __m128i sums = _mm_sllv_epi32(
+        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order)), with.shifts);
     const __m128i both = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, _MM_SHUFFLE(2, 3, 0, 1)));
     const __m128 factors = _mm_permutevar_ps(_mm_loadu_ps(kByteFactor), with.factors);
     const __m128i scaled = _mm_castps_si128(_mm_mul_ps(factors, _mm_cvtepi32_ps(both)));
     const __m128i eightfold = _mm_slli_epi32(both, 3), sum_128 = _mm_slli_epi32(both, 7);
-    store_sums(piece, _mm_unpacklo_epi64(with.shifts, sums),
+    store_sums(to, _mm_unpacklo_epi64(with.shifts, sums),
                _mm_unpacklo_epi64(_mm_unpacklo_epi32(eightfold, sum_128),
                                   _mm_unpacklo_epi32(scaled, with.factors)));
     if constexpr (pieces == 2) {
-        store_sums(piece + panel, _mm_unpackhi_epi64(with.shifts, sums),
+        store_sums(to + panel, _mm_unpackhi_epi64(with.shifts, sums),
                    _mm_unpacklo_epi64(_mm_unpackhi_epi32(eightfold, sum_128),
                                       _mm_unpackhi_epi32(scaled, with.factors)));
+    }
+}
+
+// Some of a row that is finite and not zero, each step for all of them before the next: a step
+// waits for the one before, which the CPU cannot bridge by looking ahead.
+constexpr int64_t kPairsTogether = 16;
+template <int pieces>
+SMOLRUN_INLINE void quantize_pairs(const float* x, int64_t pairs, int64_t panel, BytePiece* to,
+                                   float steps, float finest) {
+    __m128 largest[kPairsTogether];
+    for (int64_t i = 0; i < pairs; ++i) largest[i] = largest_of_halves<pieces>(x + 64 * i);
+    ByteRounding with[kPairsTogether];
+    for (int64_t i = 0; i < pairs; ++i) with[i] = byte_rounding(largest[i], steps, finest);
+    for (int64_t i = 0; i < pairs; ++i) {
+        store_byte_codes<pieces>(x + 64 * i, with[i], panel, to + 2 * i * panel);
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+        store_byte_sums<pieces>(with[i], panel, to + 2 * i * panel);
     }
 }
 
@@ -90,28 +122,27 @@ void quantize_bytes(const float* x, int64_t columns, int64_t panel, BytePiece* p
                     float* scale) {
     Words magnitudes = zero_words();
     for (int64_t i = 0; i < columns; i += kLanes) {
-        magnitudes = max(magnitudes, bit_and(bits_of(load(x + i)), broadcast_word(0x7fffffff)));
+        magnitudes = max(magnitudes, magnitude(load(x + i)));
     }
     // As bits: NaN is above infinity, which is above the rest.
     const int32_t largest_bits = max_lane(magnitudes);
     float largest;
     __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-    constexpr float steps = 1 << kMostByteShift;
-    *scale = largest_bits >= 0x7f800000 ? __builtin_nanf("") : largest / (127 * steps);
+    constexpr float most = 1 << kMostByteShift;
+    *scale = largest_bits >= 0x7f800000 ? __builtin_nanf("") : largest / (127 * most);
     if (!(*scale >= 0x1p-126f)) {
         if (*scale < 0x1p-126f) *scale = 0;
         for (int64_t i = 0; i < columns / 32; ++i) pieces[i * panel] = BytePiece{};
         return;
     }
+    const float steps = most / largest, finest = 127 * most / largest;
     int64_t i = 0;
-    for (; i + 64 <= columns; i += 64) {
-        quantize_byte_pieces<2>(x + i, panel, pieces + i / 32 * panel, steps / largest,
-                                127 * steps / largest);
+    while (i + 64 <= columns) {
+        const int64_t pairs = smaller(kPairsTogether, (columns - i) / 64);
+        quantize_pairs<2>(x + i, pairs, panel, pieces + i / 32 * panel, steps, finest);
+        i += 64 * pairs;
     }
-    if (i < columns) {
-        quantize_byte_pieces<1>(x + i, panel, pieces + i / 32 * panel, steps / largest,
-                                127 * steps / largest);
-    }
+    if (i < columns) quantize_pairs<1>(x + i, 1, panel, pieces + i / 32 * panel, steps, finest);
 }
 
 }  // namespace

@@ -56,10 +56,6 @@ SMOLRUN_INLINE float sum_lanes(Floats x) {
     const __m128 pairs = _mm_hadd_ps(fold(x), fold(x));
     return _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
 }
-SMOLRUN_INLINE __m128i sum_lanes(Words a, Words b, Words c, Words d) {
-    return _mm_hadd_epi32(_mm_hadd_epi32(fold_sum(a), fold_sum(b)),
-                          _mm_hadd_epi32(fold_sum(c), fold_sum(d)));
-}
 // The largest lane of four vectors; none is NaN.
 SMOLRUN_INLINE __m128 max_lanes(Floats a, Floats b, Floats c, Floats d) {
     const __m128 x = fold_max(a), y = fold_max(b), z = fold_max(c), w = fold_max(d);
