@@ -47,23 +47,7 @@ def texts(reply: httpx.Response) -> str:
 
 
 def test_many_clients_at_once(wide: Running) -> None:  # ISO-01, shortened
-    words = [
-        "the",
-        "sky",
-        "is",
-        "blue",
-        "because",
-        "air",
-        "scatters",
-        "short",
-        "waves",
-        "of",
-        "light",
-        "more",
-        "than",
-        "long",
-        "ones",
-    ]
+    words = ["the", "sky", "is", "blue", "because", "air", "scatters", "short", "waves"]
 
     def made(number: int) -> dict[str, Any]:
         choose = random.Random(number)
@@ -150,17 +134,16 @@ def test_what_breaks_one_breaks_no_other(
 
 def test_a_short_request_is_not_held_up(wide: Running) -> None:  # SRV-06
     long = {**GREEDY, "max_tokens": 600, "ignore_eos": True}
-    with slowed(wide.model, 0.02), ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(wide.post, CHAT, long) for _ in range(8)]
-        assert eventually(lambda: wide.statistics()["running"] == 8)
-        before = wide.statistics()["steps"]
-        body = {**GREEDY, "stream": True, "messages": [{"role": "user", "content": "Short?"}]}
-        with wide.client.stream("POST", CHAT, json=body) as reply:
-            for line in reply.iter_lines():
-                if '"content":"' in line and '"role"' not in line or "reasoning_content" in line:
-                    break
-        assert wide.statistics()["steps"] - before <= 10
-        wide.model.loaded.engine.runner = wide.model.loaded.engine.runner.runner
+    body = {**GREEDY, "stream": True, "messages": [{"role": "user", "content": "Short?"}]}
+    with ThreadPoolExecutor(8) as pool:
+        with slowed(wide.model, 0.02):
+            jobs = [pool.submit(wide.post, CHAT, long) for _ in range(8)]
+            assert eventually(lambda: wide.statistics()["running"] == 8)
+            before = wide.statistics()["steps"]
+            with wide.client.stream("POST", CHAT, json=body) as reply:
+                lines = (line for line in reply.iter_lines() if line and '"role"' not in line)
+                next(lines)
+            assert wide.statistics()["steps"] - before <= 10
         assert all(job.result().status_code == 200 for job in jobs)
 
 
