@@ -13,13 +13,14 @@ from smolrun.engine.thinking import ThinkingLimiter, tokens_for_thinking
 from smolrun.errors import RequestError, TemplateError
 from smolrun.text.structure import Structure, structure_of
 from smolrun.text.thinking import thinking_of
+from smolrun.text.tool_calls import tool_matcher, tool_plan
 
 if TYPE_CHECKING:
     import datetime
 
     from smolrun.engine.load import LoadedModel
     from smolrun.text.chat import ChatTemplate
-    from smolrun.text.grammar import Matcher
+    from smolrun.text.grammar import GrammarCompiler, Matcher
     from smolrun.text.thinking import ReasoningEffort
     from smolrun.text.tokenizer import Tokenizer
 
@@ -130,10 +131,9 @@ def prepare_chat(
 ) -> PreparedRequest:
     """A request that answers a conversation; arguments and errors as of `Model.chat`."""
     given = dict(arguments)
-    for name in ("tool_choice", "parallel_tool_calls"):
-        if given.pop(name, None) is not None:
-            raise RequestError(f"{name}: not available yet")
     structure = _structure(given)
+    tools = given.pop("tools", None)
+    plan = tool_plan(tools, given.pop("tool_choice", None), given.pop("parallel_tool_calls", None))
     thinking = thinking_of(
         given.pop("think", None),
         given.pop("thinking_budget", None),
@@ -142,7 +142,7 @@ def prepare_chat(
     template = template_of(loaded)
     prompt = template.encode(
         as_messages(messages),
-        tools=given.pop("tools", None),
+        tools=tools if plan is not None else None,
         enable_thinking=thinking.enabled,
         date=given.pop("date", None),
         template_arguments=given.pop("template_arguments", None),
@@ -150,17 +150,21 @@ def prepare_chat(
     )
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
     tokenizer = tokenizer_of(loaded)
-    matcher = None if structure is None else _matcher(loaded, structure, parameters)
+    matcher = None
+    if plan is not None:
+        grammars = _grammars(loaded, "tools", parameters)
+        matcher = tool_matcher(grammars, tokenizer, plan, template.tool_call_style, structure)
+    elif structure is not None:
+        matcher = _matcher(loaded, structure, parameters)
     limiter = None
-    if thinking.limited or (
-        matcher and template.supports_thinking and thinking.enabled is not False
-    ):
+    thinks = template.supports_thinking and thinking.enabled is not False
+    if thinking.limited or (matcher is not None and thinks):
         room = max(loaded.engine.context_size - len(prompt), 0)
         room = room if parameters.max_tokens is None else min(parameters.max_tokens, room)
         stop_ids = () if parameters.ignore_eos else loaded.stop_ids
         limiter = ThinkingLimiter(tokenizer, tokens_for_thinking(thinking.budget, room), stop_ids)
     guide = ChatGuide(tokenizer, prompt, limiter, matcher) if limiter or matcher else None
-    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide)
+    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide, tools=plan is not None)
     return PreparedRequest(prompt, parameters, answer, guide)
 
 
@@ -171,8 +175,13 @@ def _structure(given: dict[str, Any]) -> Structure | None:
 
 
 def _matcher(loaded: LoadedModel, structure: Structure, parameters: SamplingParameters) -> Matcher:
+    grammars = _grammars(loaded, structure.field, parameters)
+    return grammars.compile(structure.lark, structure.field)
+
+
+def _grammars(loaded: LoadedModel, field: str, parameters: SamplingParameters) -> GrammarCompiler:
     if parameters.ignore_eos:
-        raise RequestError(f"ignore_eos and {structure.field} contradict each other")
+        raise RequestError(f"ignore_eos and {field} contradict each other")
     if loaded.grammars is None:
-        raise RequestError(f"{structure.field}: {loaded.name} has no tokenizer")
-    return loaded.grammars.compile(structure.lark, structure.field)
+        raise RequestError(f"{field}: {loaded.name} has no tokenizer")
+    return loaded.grammars

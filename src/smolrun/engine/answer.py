@@ -12,6 +12,7 @@ from smolrun.errors import RequestError
 from smolrun.text.stop import StopStrings
 from smolrun.text.thinking import ReasoningParser, ThinkingStop
 from smolrun.text.tokenizer import IncrementalDecoder
+from smolrun.text.tool_calls import CallDelta, ToolCallParser
 
 if TYPE_CHECKING:
     from smolrun.engine.guide import Guide
@@ -119,6 +120,7 @@ class Answer:
         parameters: of the request. Stop strings are looked for in the answer, not the reasoning.
         chat: tell reasoning from the answer; otherwise everything generated is text.
         guide: what steers the answer, if anything does.
+        tools: look for calls of tools in the answer.
     """
 
     def __init__(
@@ -129,9 +131,11 @@ class Answer:
         *,
         chat: bool,
         guide: Guide | None = None,
+        tools: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._guide = guide
+        self._calls = ToolCallParser(tokenizer) if tools and tokenizer else None
         self._parser = self._decoder = None
         if tokenizer is None:
             if parameters.stop:
@@ -166,9 +170,15 @@ class Answer:
                 self._untold = self._untold[-1:] if reasoning or text else []
         elif self._decoder is not None:
             text = self._decoder.push(token.id)
+        deltas: list[CallDelta] = []
+        if self._calls is not None:
+            text, deltas = self._calls.push(token.id, text)
         text, stopped = self._stop.push(text)
+        events = self._events(reasoning, text)
+        if not stopped:
+            events += [ToolCallEvent(d.index, d.id, d.name, d.arguments) for d in deltas]
         complete = self._guide is not None and self._guide.complete
-        return self._events(reasoning, text), stopped or complete
+        return events, stopped or complete
 
     def finish(self, ending: Ending) -> list[Event]:
         """See `Output`."""
@@ -179,10 +189,15 @@ class Answer:
                 reasoning, text = self._parser.flush()
             elif self._decoder is not None:
                 text = self._decoder.flush()
+            if self._calls is not None:
+                text = self._calls.push(-1, text)[0] + self._calls.flush()
             text, _ = self._stop.push(text)
             text += self._stop.flush()[0]
             if self._stop.stopped:
                 reason = "stop"
+        calls = tuple(self._calls.calls) if self._calls else ()
+        if calls and reason == "stop":
+            reason = "tool_calls"
         events = self._events(reasoning, text)
         result = Result(
             text="".join(self._text),
@@ -198,6 +213,7 @@ class Answer:
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             token_ids=tuple(self._ids),
             seed=ending.seed,
+            tool_calls=calls,
             thinking_stopped_by=self._thinking_stopped_by(),
         )
         return [*events, EndEvent(result)]

@@ -18,6 +18,7 @@ from smolrun.text.messages import MessageStyle, normalize_messages
 
 if TYPE_CHECKING:
     from smolrun.text.tokenizer import Tokenizer
+    from smolrun.text.tools import ToolCallStyle
 
 TEMPLATE_ARGUMENTS = {"enable_thinking": bool, "xml_tools": list, "python_tools": list}
 """What a request may hand to a template beside messages and tools, and its type."""
@@ -79,6 +80,11 @@ class ChatTemplate:
     def supports_tools(self) -> bool:
         """Whether the template has a place for tools."""
         return bool(self._names & {"tools", "xml_tools"})
+
+    @property
+    def tool_call_style(self) -> ToolCallStyle:
+        """How the model writes calls of tools."""
+        return "objects" if self.supports_tools or self.supports_thinking else "list"
 
     def probe(self) -> None:
         """Tries the template in a child process with limits, unless it is a well-known one.
@@ -223,7 +229,7 @@ class ChatTemplate:
             raise TemplateError(f"{self.origin}: this model's chat template has no thinking mode")
         style = MessageStyle(
             reads_tool_calls="tool_calls" in self.source,
-            tool_calls="objects" if self.supports_tools or self.supports_thinking else "list",
+            tool_calls=self.tool_call_style,
             thinks=self.supports_thinking,
         )
         made = normalize_messages(messages, style, keep_reasoning=keep_reasoning)

@@ -14,6 +14,7 @@ from typing import Literal
 from smolrun.errors import RequestError
 
 ToolCallStyle = Literal["objects", "list"]
+TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def write_tool_calls(calls: Sequence[ToolCall], style: ToolCallStyle) -> str:
     """The text by which the model itself would have made these calls."""
     values = [{"name": call.name, "arguments": call.arguments} for call in calls]
     if style == "list":
-        return f"<tool_call>{_json(values)}</tool_call>"
-    return "\n".join(f"<tool_call>\n{_json(value)}\n</tool_call>" for value in values)
+        return f"{TOOL_CALL_OPEN}{_json(values)}{TOOL_CALL_CLOSE}"
+    return "\n".join(f"{TOOL_CALL_OPEN}\n{_json(value)}\n{TOOL_CALL_CLOSE}" for value in values)
 
 
 def _json(value: object) -> str:
