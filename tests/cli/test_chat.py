@@ -62,6 +62,27 @@ def test_system_prompt_and_thinking(talk: Chat, model: FakeModel) -> None:
     assert model.calls[-1]["think"] is False
 
 
+def test_a_budget_of_thinking(
+    talk: Chat, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(command: str) -> tuple[object, object]:
+        talk.turn(command)
+        talk.turn("a")
+        return model.calls[-1]["think"], model.calls[-1].get("thinking_budget")
+
+    assert asked("/budget 50") == (True, 50)
+    assert asked("/budget -1") == (True, -1)
+    assert asked("/think") == (True, None)
+    assert asked("/budget 0") == (False, None)
+    talk.turn("/budget 7")
+    talk.turn("/budget")
+    assert "thinking: on, at most 7 tokens" in capsys.readouterr().err
+    for wrong in ("x", "-2"):
+        talk.turn(f"/budget {wrong}")
+        assert "budget: expected" in capsys.readouterr().err
+    assert talk.session.budget == 7
+
+
 def test_thinking_that_the_model_lacks(
     talk: Chat, model: FakeModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,37 @@ def test_flags_reach_the_model(model_file: str, monkeypatch: pytest.MonkeyPatch)
     assert options["activations"] == "fast"
 
 
+def test_form_and_budget_reach_the_model(
+    model_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = install(monkeypatch, ("", "yes"))
+    Path("schema.json").write_text('{"type": "null"}')
+    Path("rules.lark").write_text('start: "a"')
+    for flags, expected in (
+        (["-j", '{"type": "object"}'], {"response_format": {"type": "object"}}),
+        (["--json-schema", "@schema.json"], {"response_format": {"type": "null"}}),
+        (["--grammar", "@rules.lark"], {"grammar": 'start: "a"'}),
+        (["--regex", "[ab]+"], {"regex": "[ab]+"}),
+        (["--thinking-budget", "9"], {"thinking_budget": 9}),
+        (["--reasoning-budget", "-1"], {"thinking_budget": -1}),
+    ):
+        assert main(["run", model_file, "hi", *flags]) == 0
+        call = fake.calls.pop()
+        assert {k: v for k, v in call.items() if k not in ("messages", "think", "date")} == expected
+    assert main(["run", model_file, "hi", "--raw", "--regex", "x"]) == 0
+    assert fake.calls.pop() == {"prompt": "hi", "regex": "x"}
+    capsys.readouterr()
+    for flags, problem in (
+        (["-j", "{"], "--json-schema is not JSON"),
+        (["-j", "[]"], "--json-schema: expected an object"),
+        (["--grammar", "@missing"], "missing: No such file"),
+        (["--regex", "a", "-j", "{}"], "not allowed with"),
+        (["--raw", "--thinking-budget", "5"], "need a chat template"),
+    ):
+        assert main(["run", model_file, "hi", *flags]) == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_minus_one_stands_for_the_default(model_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = install(monkeypatch, ("", "yes"))
     assert main(["run", model_file, "hi", "-n", "-1", "--seed", "-1"]) == 0

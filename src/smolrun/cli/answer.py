@@ -129,7 +129,9 @@ def statistics_line(result: Result) -> str:
         prompt += f", {timings.prompt_per_second:.0f}/s"
     answer = f"{usage.completion_tokens} token{'s' * (usage.completion_tokens != 1)}"
     if usage.reasoning_tokens:
-        answer += f" ({usage.reasoning_tokens} thinking)"
+        ended = {"budget": ", its budget", "loop": ", stopped in a loop"}
+        why = ended.get(result.thinking_stopped_by or "", "")
+        answer += f" ({usage.reasoning_tokens} thinking{why})"
     if timings.predicted_per_second:
         answer += f", {timings.predicted_per_second:.1f}/s"
     parts = [prompt, answer]
@@ -152,6 +154,7 @@ def as_json(result: Result, model: str) -> dict[str, Any]:
         "text": result.text,
         "reasoning": result.reasoning,
         "finish_reason": result.finish_reason,
+        "thinking_stopped_by": result.thinking_stopped_by,
         "usage": dataclasses.asdict(result.usage),
         "timings": timings,
         "seed": result.seed,

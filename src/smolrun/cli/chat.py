@@ -32,6 +32,8 @@ def add_arguments(parser: Parser) -> None:
     options.add_model(parser)
     parser.flag("--hide-thinking", action="store_true", help="do not show the thinking")
     options.add_conversation(parser)
+    options.add_budget(parser)
+    options.add_structure(parser)
     options.add_engine(parser)
     options.add_sampling(parser)
     options.add_output(parser)
@@ -56,8 +58,11 @@ def talk(name: str, first: str | None, arguments: argparse.Namespace, console: C
             )
         sampling = options.sampling_of(arguments)
         session = Session(model, arguments.system, arguments.think, arguments.date, sampling)
+        session.structure = options.structure_of(arguments)
         if arguments.think:
             session.switch_thinking(True)
+        if arguments.thinking_budget is not None:
+            session.limit_thinking(arguments.thinking_budget)
         chat = Chat(session, console, arguments.hide_thinking)
         if console.interactive:
             from smolrun.cli.prompt import read_messages
@@ -228,6 +233,16 @@ class Chat:
         self.session.switch_thinking(False)
         self._say("Thinking is off.")
 
+    def budget(self, text: str) -> None:
+        """Show or set how long thinking may take."""
+        if text:
+            try:
+                tokens = int(text)
+            except ValueError:
+                raise UsageError(f"/budget: expected a number of tokens, found {text!r}") from None
+            self.session.limit_thinking(tokens)
+        self._say(f"thinking: {_thinking(self.session)}")
+
     def read(self, text: str) -> None:
         """Put a file in front of the next message."""
         size = self.session.attach(Path(text))
@@ -273,7 +288,10 @@ class Chat:
 def _thinking(session: Session) -> str:
     if not session.model.template.supports_thinking:
         return "this model has none"
-    return {None: "as the template has it", True: "on", False: "off"}[session.think]
+    switch = {None: "as the template has it", True: "on", False: "off"}[session.think]
+    if session.budget is None:
+        return switch
+    return "on, loops are broken" if session.budget < 0 else f"on, at most {session.budget} tokens"
 
 
 class Command(NamedTuple):
@@ -295,6 +313,7 @@ COMMANDS = {
     "/set": Command(Chat.set, "[KEY=VALUE]", "show or set sampling, such as temperature=0.7"),
     "/think": Command(Chat.think, "", "think before answering"),
     "/nothink": Command(Chat.no_think, "", "answer at once"),
+    "/budget": Command(Chat.budget, "[N]", "think at most N tokens; 0: none, -1: no limit"),
     "/read": Command(Chat.read, "FILE", "put a text file in front of the next message"),
     "/save": Command(Chat.save, "FILE", "write the conversation to a JSON file"),
     "/load": Command(Chat.load, "FILE", "take a saved conversation"),

@@ -205,6 +205,47 @@ def add_conversation(parser: Parser) -> None:
                 help="what the model takes for today")  # fmt: skip
 
 
+def add_budget(parser: Parser) -> None:
+    """How long a model may think, for verbs that answer."""
+    parser.flag(
+        "--thinking-budget", "--reasoning-budget", dest="thinking_budget", type=int, metavar="N",
+        help="most tokens of thinking; it ends at the end of a sentence, and an answer follows; "
+        "0: none, -1: as many as it takes",
+    )  # fmt: skip
+
+
+def add_structure(parser: Parser) -> None:
+    """What form an answer must have."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-j", "--json-schema", metavar="SCHEMA",
+                       help="answer in JSON of this JSON Schema: its text, or @FILE")  # fmt: skip
+    group.add_argument("--grammar", metavar="GRAMMAR",
+                       help="answer by a grammar, Lark's or GBNF: its text, or @FILE")  # fmt: skip
+    group.add_argument("--regex", metavar="PATTERN", help="answer with a match of an expression")
+
+
+def structure_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the API that `add_structure` stands for."""
+    import json
+
+    if arguments.json_schema is not None:
+        text = _text_or_file(arguments.json_schema)
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--json-schema is not JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise UsageError("--json-schema: expected an object")
+        return {"response_format": schema}
+    if arguments.grammar is not None:
+        return {"grammar": _text_or_file(arguments.grammar)}
+    return {} if arguments.regex is None else {"regex": arguments.regex}
+
+
+def _text_or_file(text: str) -> str:
+    return read_text(Path(text[1:])) if text.startswith("@") else text
+
+
 def add_prompt(parser: Parser) -> None:
     """Where a prompt comes from."""
     parser.add_argument(

@@ -25,6 +25,7 @@ examples:
   smolrun run "Why is the sky blue?"
   smolrun run smollm3-3b --think --max-tokens 2000 "How many primes are below 100?"
   smolrun run ./model.gguf -s "Answer in French." -f letter.txt
+  smolrun run -j '{"enum": ["yes", "no"]}' "Is the sky blue?"
   git log -5 | smolrun run -p "What was done?" --json
 """
 
@@ -38,6 +39,8 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--hide-thinking", action="store_true", help="do not show the thinking")
     parser.flag("--json", action="store_true", help="print the whole result as one JSON object")
     options.add_conversation(parser)
+    options.add_budget(parser)
+    options.add_structure(parser)
     options.add_engine(parser)
     options.add_sampling(parser)
     options.add_output(parser)
@@ -73,21 +76,23 @@ def _has_prompt(arguments: argparse.Namespace, words: list[str]) -> bool:
 
 
 def _stream(model: Model, prompt: str, arguments: argparse.Namespace, console: Console) -> Stream:
-    sampling = options.sampling_of(arguments)
+    asked = options.sampling_of(arguments) | options.structure_of(arguments)
     raw = arguments.raw
     if not raw and not has_template(model):
         console.note(f"{model.name} has no chat template: it continues the prompt as it is")
         raw = True
     if raw:
-        if arguments.system or arguments.think:
-            raise UsageError("--system and --think need a chat template")
+        if arguments.system or arguments.think or arguments.thinking_budget:
+            raise UsageError("--system, --think and --thinking-budget need a chat template")
         if is_terminal(sys.stdout):
             console.write(prompt)
-        return model.stream_text(prompt, **sampling)
+        return model.stream_text(prompt, **asked)
     messages = [{"role": "user", "content": prompt}]
     if arguments.system:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    return model.stream(messages, think=arguments.think, date=arguments.date, **sampling)
+    if arguments.thinking_budget is not None:
+        asked["thinking_budget"] = arguments.thinking_budget
+    return model.stream(messages, think=arguments.think, date=arguments.date, **asked)
 
 
 def has_template(model: Model) -> bool:

@@ -30,6 +30,8 @@ class Session:
     turns: list[dict[str, str]] = field(default_factory=list)  # user and assistant, in turn
     attached: list[str] = field(default_factory=list)  # files read, for the next message
     last: Result | None = None
+    budget: int | None = None  # tokens of thinking
+    structure: dict[str, Any] = field(default_factory=dict)  # the form of every answer
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -58,7 +60,10 @@ class Session:
         return self._start()
 
     def _start(self) -> Stream:
-        return self.model.stream(self.messages, think=self.think, date=self.date, **self.sampling)
+        asked = {**self.sampling, **self.structure}
+        if self.budget is not None:
+            asked["thinking_budget"] = self.budget
+        return self.model.stream(self.messages, think=self.think, date=self.date, **asked)
 
     def answered(self, result: Result) -> None:
         """Keep an answer, or as much of it as came. A message without any answer goes."""
@@ -125,7 +130,15 @@ class Session:
         """Think before the next answers, or not. TemplateError where the model can not."""
         if think and not self.model.template.supports_thinking:
             raise TemplateError(f"{self.model.name} has no thinking mode")
-        self.think = think
+        self.think, self.budget = think, None
+
+    def limit_thinking(self, tokens: int) -> None:
+        """Think at most so many tokens: 0 is none, -1 no limit. Errors as of `thinking_of`."""
+        from smolrun.text.thinking import thinking_of
+
+        thinking_of(thinking_budget=tokens)
+        self.switch_thinking(tokens != 0)
+        self.budget = tokens or None
 
     def attach(self, path: Path) -> int:
         """Put a text file in front of the next message; its characters."""
