@@ -55,14 +55,8 @@ def _arguments(raw: dict[str, Any], body: ChatRequest) -> dict[str, Any]:
         raise invalid("max_tokens", "expected at least 1, got 0")
     arguments |= thinking_of(body, body.chat_template_kwargs)
     arguments |= structure_of(body)
-    if raw.get("tools"):
-        arguments["tools"] = raw["tools"]
-    for name in ("tool_choice", "parallel_tool_calls"):
+    for name in ("tools", "tool_choice", "parallel_tool_calls"):
         if raw.get(name) is not None:
-            if not raw.get("tools"):
-                if name == "tool_choice" and raw[name] not in ("auto", "none"):
-                    raise invalid(name, "there are no tools to choose from", "contradiction")
-                continue
             arguments[name] = raw[name]
     given = raw.get("chat_template_kwargs") or {}
     rest = {k: v for k, v in given.items() if k != "enable_thinking" and v is not None}
