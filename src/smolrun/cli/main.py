@@ -21,6 +21,7 @@ VERBS = {
     "run": "answer a prompt; without one, chat",
     "chat": "talk to a model",
     "serve": "answer over HTTP, as OpenAI's API does",
+    "batch": "answer the requests of a file, in OpenAI's batch format",
     "show": "what is in a model: configuration, weight types, memory it needs",
     "tokenize": "text to token ids and back",
     "render": "the exact text that a model is given for a prompt",
