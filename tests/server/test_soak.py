@@ -1,4 +1,4 @@
-"""SRV-10: mixed traffic with errors and disconnects leaves memory, files and threads as they were."""
+"""SRV-10: mixed traffic with errors and disconnects leaves memory, files and threads alone."""
 
 from __future__ import annotations
 
