@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smolrun import Model, OutputError, RequestError
@@ -78,6 +79,20 @@ def test_answers_are_those_of_the_api(model: Model, tmp_path: Path) -> None:
         assert record["response"]["request_id"]
     text = found["12"]["response"]["body"]["choices"][0]["text"]
     assert text == model.generate("The sky", max_tokens=4, seed=12).text
+
+
+def test_embeddings(model: Model, tmp_path: Path) -> None:
+    line = {
+        "custom_id": "e",
+        "method": "POST",
+        "url": "/v1/embeddings",
+        "body": {"input": ["The sky", "a"]},
+    }
+    target = tmp_path / "out"
+    assert run_batch(model, write(tmp_path / "in", [line]), target, parallel=2).failed == 0
+    found = read(target)["e"]["response"]["body"]["data"]
+    vectors = [each["embedding"] for each in found]
+    np.testing.assert_allclose(vectors, model.embed(["The sky", "a"]), atol=1e-6)
 
 
 def test_what_can_not_be_honoured_is_told_in_its_line(model: Model, tmp_path: Path) -> None:
