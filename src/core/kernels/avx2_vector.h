@@ -161,6 +161,9 @@ SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     __asm__("" : "+x"(total));
     return total;
 }
+SMOLRUN_INLINE Words dot_pair(Words total, Words codes, const int16_t* pair) {
+    return dot(total, codes, broadcast_pair(pair));
+}
 template <int bits>
 SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, const Words& d,
                             const int8_t* codes) {

@@ -160,6 +160,13 @@ SMOLRUN_INLINE Words dot(Words total, Words codes, Words pair) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(codes), "v"(pair));
     return total;
 }
+// The same with a pair in memory, for all lanes.
+SMOLRUN_INLINE Words dot_pair(Words total, Words codes, const int16_t* pair) {
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0"
+            : "+v"(total)
+            : "v"(codes), "m"(*reinterpret_cast<const int16_t (*)[2]>(pair)));
+    return total;
+}
 // total + the four products of bytes, unsigned times signed, in each lane. Again not the intrinsic,
 // around which GCC 12 also loads the quad to a register first.
 SMOLRUN_INLINE Words dot_quad(Words total, Words bytes, const int8_t* quad) {

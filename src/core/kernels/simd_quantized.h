@@ -39,8 +39,8 @@ SMOLRUN_INLINE void dot_part(const std::byte* block, int piece, int lane, const 
         for (int t = 0; t < tokens; ++t) {
             const int16_t* const codes = input.words[t].codes + 4 * quad;
             Words& last = dots[t][chains - 1];
-            dots[t][0] = dot(dots[t][0], pairs.even, broadcast_pair(codes));
-            last = dot(last, pairs.odd, broadcast_pair(codes + 2));
+            dots[t][0] = dot_pair(dots[t][0], pairs.even, codes);
+            last = dot_pair(last, pairs.odd, codes + 2);
         }
     };
     each_quad<type, part * quads, (part + 1) * quads>(block, piece, lane, multiply);
