@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -13,7 +13,7 @@ from smolrun.engine.thinking import ThinkingLimiter, tokens_for_thinking
 from smolrun.errors import RequestError, TemplateError
 from smolrun.text.structure import Structure, structure_of
 from smolrun.text.thinking import thinking_of
-from smolrun.text.tool_calls import tool_matcher, tool_plan
+from smolrun.text.tool_calls import as_tools, tool_matcher, tool_plan
 
 if TYPE_CHECKING:
     import datetime
@@ -70,7 +70,8 @@ class ChatArguments(TextArguments, total=False):
     think: bool | None  # reason before the answer, or not; None leaves it to the model
     thinking_budget: int | None  # most tokens of reasoning; 0: none, -1: as many as it takes
     reasoning_effort: ReasoningEffort | None  # the same in words
-    tools: Sequence[Mapping[str, Any]] | None  # functions that it may call (JSON Schema objects)
+    # Functions that it may call, as JSON Schema objects, or in Python (see `function_tool`)
+    tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None
     # "auto" (default), "none", "required", or the name of the tool that it must call
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool | None  # several calls in one answer; default: yes
@@ -132,7 +133,7 @@ def prepare_chat(
     """A request that answers a conversation; arguments and errors as of `Model.chat`."""
     given = dict(arguments)
     structure = _structure(given)
-    tools = given.pop("tools", None)
+    tools = as_tools(given.pop("tools", None))
     plan = tool_plan(tools, given.pop("tool_choice", None), given.pop("parallel_tool_calls", None))
     thinking = thinking_of(
         given.pop("think", None),

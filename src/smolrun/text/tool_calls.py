@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolrun.errors import RequestError
+from smolrun.text.functions import function_tool
 from smolrun.text.structure import LINE_OPTIONS, Structure, json_part, quoted
 from smolrun.text.tools import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, ToolCall, ToolCallStyle
 
@@ -29,6 +30,15 @@ class ToolPlan:
     tools: Mapping[str, Any]  # name: JSON Schema of its arguments
     required: bool
     parallel: bool  # several calls in one answer
+
+
+def as_tools(tools: Any) -> list[Any] | None:
+    """Tools, with Python functions among them as objects. Errors as of `function_tool`."""
+    if tools is None:
+        return None
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise RequestError(f"tools: expected a list of tools, found {type(tools).__name__}")
+    return [function_tool(tool) if callable(tool) else tool for tool in tools]
 
 
 def tool_plan(
