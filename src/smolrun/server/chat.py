@@ -76,6 +76,7 @@ class _Reply:
             "model": body.model or service.names[0],
             "system_fingerprint": service.fingerprint,
         }
+        self._begun = replies.event_begun({**self._head, "object": "chat.completion.chunk"})
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._started = time.monotonic()
 
@@ -164,7 +165,6 @@ class _Reply:
         return self._event({"choices": [choice]})
 
     def _event(self, members: dict[str, Any]) -> bytes:
-        chunk = {**self._head, "object": "chat.completion.chunk", **members}
         if self._wants_usage:
-            chunk.setdefault("usage", None)
-        return replies.event(chunk)
+            members.setdefault("usage", None)
+        return replies.event_ended(self._begun, members)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from smolrun.api import Result, Timings, TokenLogprob, ToolCall, ToolCallEvent, Usage
@@ -12,16 +12,27 @@ from smolrun.api import Result, Timings, TokenLogprob, ToolCall, ToolCallEvent, 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON can not say
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dumped(value: Any) -> bytes:
     """JSON in UTF-8. ValueError for NaN and infinity, which are a defect of ours."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        "utf-8", "replace"
-    )
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 def event(value: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + dumped(value) + b"\n\n"
+
+
+def event_begun(members: Mapping[str, Any]) -> bytes:
+    """The beginning of events that share their first members, for `event_ended`."""
+    return b"data: " + dumped(members)[:-1] + b","
+
+
+def event_ended(begun: bytes, members: Mapping[str, Any]) -> bytes:
+    """Such an event, with members of its own."""
+    return begun + dumped(members)[1:] + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
