@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,17 @@ from smolrun.server.service import Settings
 from tests.api.tiny import make_folder
 
 from .running import Running
+
+
+@pytest.fixture(autouse=True)
+def same_loggers() -> Iterator[None]:
+    """What a test's `smolrun serve` makes of the loggers goes with it."""
+    loggers = [logging.getLogger(name) for name in ("smolrun", "smolrun.server", "uvicorn")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
