@@ -14,8 +14,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from smolrun.api import (
-        AsyncModel,
-        AsyncStream,
         ChoiceScore,
         EndEvent,
         Model,
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
         ToolCallEvent,
         Usage,
     )
+    from smolrun.api.asynchronous import AsyncModel, AsyncStream
     from smolrun.api.conversion import Converted, convert
     from smolrun.api.quantization import Quantized, Substitution, quantize
     from smolrun.errors import (
@@ -100,7 +99,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'smolrun' has no attribute {name!r}")
     from importlib import import_module
 
-    if name in ("Converted", "convert"):
+    if name in ("AsyncModel", "AsyncStream"):
+        module = "smolrun.api.asynchronous"
+    elif name in ("Converted", "convert"):
         module = "smolrun.api.conversion"
     elif name in ("Quantized", "Substitution", "quantize"):
         module = "smolrun.api.quantization"

@@ -1,6 +1,5 @@
-"""What a user imports to talk to models; `conversion` and `quantization` are beside it."""
+"""What a user imports to talk to models; `asynchronous`, `conversion`, `quantization`: beside it."""
 
-from smolrun.api.asynchronous import AsyncModel, AsyncStream
 from smolrun.api.model import DEFAULT_MODEL, Model
 from smolrun.api.request import ChatArguments, Messages, SamplingArguments, TextArguments
 from smolrun.api.stream import Stream
@@ -23,8 +22,6 @@ from smolrun.text.tools import ToolCall
 
 __all__ = [
     "DEFAULT_MODEL",
-    "AsyncModel",
-    "AsyncStream",
     "ChatArguments",
     "ChoiceScore",
     "EndEvent",

@@ -11,7 +11,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smolrun.api import AsyncModel, EndEvent, ProgressEvent, Result, TextEvent, TokenLogprob
+from smolrun.api import EndEvent, ProgressEvent, Result, TextEvent, TokenLogprob
+from smolrun.api.asynchronous import AsyncModel
 from smolrun.server import replies
 from smolrun.server.endpoint import EventStream, client_of, json_reply, prompts_of, read_body
 from smolrun.server.errors import invalid

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import smolrun
-from smolrun.api import AsyncModel, AsyncStream, Model, Terms
+from smolrun.api import Model, Terms
+from smolrun.api.asynchronous import AsyncModel, AsyncStream
 from smolrun.engine.places import Places
 from smolrun.server.errors import ApiError, invalid, unavailable
 from smolrun.server.limits import Limits

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 
-from smolrun.api import AsyncStream, EndEvent, Event, Result, Terms, TextEvent, TokenLogprob
+from smolrun.api import EndEvent, Event, Result, Terms, TextEvent, TokenLogprob
+from smolrun.api.asynchronous import AsyncStream
 from smolrun.server.errors import ApiError
 
 if TYPE_CHECKING:
