@@ -1,4 +1,4 @@
-"""What a user imports to talk to models; `asynchronous`, `conversion`, `quantization`: beside it."""
+"""What a user imports to talk to models; beside it `asynchronous`, `conversion`, `quantization`."""
 
 from smolrun.api.model import DEFAULT_MODEL, Model
 from smolrun.api.request import ChatArguments, Messages, SamplingArguments, TextArguments

@@ -1,1 +1,6 @@
-"""An OpenAI-compatible HTTP server over one model (the extra `smolrun[server]`)."""
+"""HTTP over the engine."""
+
+import logging
+
+# Who takes the application into a program of their own decides where its lines go (`logs.listen`).
+logging.getLogger("smolrun.server").addHandler(logging.NullHandler())
