@@ -11,9 +11,7 @@ from smolrun.engine.guide import ChatGuide, TextGuide
 from smolrun.engine.sampling import Constraint, SamplingParameters, sampling_parameters
 from smolrun.engine.thinking import ThinkingLimiter, tokens_for_thinking
 from smolrun.errors import RequestError, TemplateError
-from smolrun.text.structure import Structure, structure_of
 from smolrun.text.thinking import thinking_of
-from smolrun.text.tool_calls import as_tools, tool_matcher, tool_plan
 
 if TYPE_CHECKING:
     import datetime
@@ -21,8 +19,10 @@ if TYPE_CHECKING:
     from smolrun.engine.load import LoadedModel
     from smolrun.text.chat import ChatTemplate
     from smolrun.text.grammar import GrammarCompiler, Matcher
+    from smolrun.text.structure import Structure
     from smolrun.text.thinking import ReasoningEffort
     from smolrun.text.tokenizer import Tokenizer
+    from smolrun.text.tool_calls import ToolPlan
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -133,8 +133,7 @@ def prepare_chat(
     """A request that answers a conversation; arguments and errors as of `Model.chat`."""
     given = dict(arguments)
     structure = _structure(given)
-    tools = as_tools(given.pop("tools", None))
-    plan = tool_plan(tools, given.pop("tool_choice", None), given.pop("parallel_tool_calls", None))
+    tools, plan = _tools(given)
     thinking = thinking_of(
         given.pop("think", None),
         given.pop("thinking_budget", None),
@@ -151,8 +150,11 @@ def prepare_chat(
     )
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
     tokenizer = tokenizer_of(loaded)
-    matcher = None
+    matcher = calls = None
     if plan is not None:
+        from smolrun.text.tool_calls import ToolCallParser, tool_matcher
+
+        calls = ToolCallParser(tokenizer)
         grammars = _grammars(loaded, "tools", parameters)
         matcher = tool_matcher(grammars, tokenizer, plan, template.tool_call_style, structure)
     elif structure is not None:
@@ -165,14 +167,32 @@ def prepare_chat(
         stop_ids = () if parameters.ignore_eos else loaded.stop_ids
         limiter = ThinkingLimiter(tokenizer, tokens_for_thinking(thinking.budget, room), stop_ids)
     guide = ChatGuide(tokenizer, prompt, limiter, matcher) if limiter or matcher else None
-    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide, tools=plan is not None)
+    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide, calls=calls)
     return PreparedRequest(prompt, parameters, answer, guide)
 
 
 def _structure(given: dict[str, Any]) -> Structure | None:
     """Takes the arguments that ask for a form out of `given`."""
     names = ("response_format", "regex", "grammar", "choices")
-    return structure_of(**{name: given.pop(name, None) for name in names})
+    asked = {name: given.pop(name, None) for name in names}
+    if all(value is None for value in asked.values()):
+        return None
+    from smolrun.text.structure import structure_of  # few requests need it, and all would wait
+
+    return structure_of(**asked)
+
+
+def _tools(given: dict[str, Any]) -> tuple[list[Any] | None, ToolPlan | None]:
+    """Takes tools and how to call them out of `given`."""
+    tools, choice, parallel = (
+        given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")
+    )
+    if tools is None and choice is None and parallel is None:
+        return None, None
+    from smolrun.text.tool_calls import as_tools, tool_plan
+
+    tools = as_tools(tools)
+    return tools, tool_plan(tools, choice, parallel)
 
 
 def _matcher(loaded: LoadedModel, structure: Structure, parameters: SamplingParameters) -> Matcher:

@@ -12,11 +12,11 @@ from smolrun.errors import RequestError
 from smolrun.text.stop import StopStrings
 from smolrun.text.thinking import ReasoningParser, ThinkingStop
 from smolrun.text.tokenizer import IncrementalDecoder
-from smolrun.text.tool_calls import CallDelta, ToolCallParser
 
 if TYPE_CHECKING:
     from smolrun.engine.guide import Guide
     from smolrun.text.tokenizer import Tokenizer
+    from smolrun.text.tool_calls import CallDelta, ToolCallParser
     from smolrun.text.tools import ToolCall
 
 
@@ -120,7 +120,7 @@ class Answer:
         parameters: of the request. Stop strings are looked for in the answer, not the reasoning.
         chat: tell reasoning from the answer; otherwise everything generated is text.
         guide: what steers the answer, if anything does.
-        tools: look for calls of tools in the answer.
+        calls: finds calls of tools in the answer; None: there are none to look for.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Answer:
         *,
         chat: bool,
         guide: Guide | None = None,
-        tools: bool = False,
+        calls: ToolCallParser | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._guide = guide
-        self._calls = ToolCallParser(tokenizer) if tools and tokenizer else None
+        self._calls = calls
         self._parser = self._decoder = None
         if tokenizer is None:
             if parameters.stop:

@@ -1,4 +1,4 @@
-"""HTTP over the engine."""
+"""An OpenAI-compatible HTTP server over one model (the extra `smolrun[server]`)."""
 
 import logging
 
