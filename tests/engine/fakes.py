@@ -169,3 +169,20 @@ def solo(prompt: list[int], arguments: dict[str, Any], **options: Any) -> list[S
         return collect(engine.submit(prompt, parameters(**arguments), TokenOutput()))[0]
     finally:
         engine.close()
+
+
+def prompts(count: int, seed: int = 0, longest: int = 120) -> list[list[int]]:
+    """Prompts of up to `longest` tokens."""
+    generator = np.random.default_rng(seed)
+    return [
+        generator.integers(0, VOCABULARY, generator.integers(1, longest)).tolist()
+        for _ in range(count)
+    ]
+
+
+def healthy(engine: Engine) -> None:
+    """Nothing runs, nothing is held, and a request still gives what it gives elsewhere."""
+    statistics = engine.statistics()
+    assert (statistics["running"], statistics["waiting"], statistics["kv_blocks_held"]) == (0, 0, 0)
+    tokens, _ = collect(engine.submit([1, 2, 3], parameters(max_tokens=4), TokenOutput()))
+    assert tokens == solo([1, 2, 3], {"max_tokens": 4})
