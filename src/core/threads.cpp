@@ -175,7 +175,9 @@ void Team::fail(std::exception_ptr error) noexcept {
         if (!error_) error_ = std::move(error);
     }
     ticket_.store(kNoMoreTickets, std::memory_order_relaxed);
-    completed_.store(kFailed, std::memory_order_release);
+    // An exchange, not a store: a store may still be on its way when notify_all() looks for
+    // sleepers, and a thread that falls asleep in between would never be woken.
+    completed_.exchange(kFailed, std::memory_order_acq_rel);
     completed_.notify_all();
 }
 

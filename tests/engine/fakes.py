@@ -38,8 +38,9 @@ class Gate:
             passes.release()
 
     def wait(self) -> None:
-        if self._passes is not None:
-            self._passes.acquire()
+        passes = self._passes  # which go_on() may take away meanwhile
+        if passes is not None:
+            assert passes.acquire(timeout=120), "the test never let the step go on"
 
 
 class GatedRunner(Gate):

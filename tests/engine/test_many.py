@@ -35,7 +35,7 @@ def at_once(engine: Engine) -> Iterator[None]:
 
     def wait() -> None:
         began.set()
-        go_on.wait()
+        go_on.wait(60)
 
     thread = threading.Thread(target=engine.call, args=(wait,))
     thread.start()
@@ -169,7 +169,8 @@ def test_prompt_tokens_that_wait_are_bounded(engine: Engine) -> None:
     runner = fake_of(engine)
     engine.places.token_limit = 100
     runner.hold()
-    running = [submit(engine, [1], 10, Terms()) for _ in range(4)]
+    with at_once(engine):  # one by one, the first could start a step and the others wait for it
+        running = [submit(engine, [1], 10, Terms()) for _ in range(4)]
     while engine.statistics()["waiting_tokens"]:
         time.sleep(0.001)
     waiting = [submit(engine, [2] * 200, 2, Terms())]  # one may always wait
