@@ -47,7 +47,7 @@ class AsyncStream(AsyncIterator[Event]):
     def __init__(self, begin: Callable[[], Awaitable[Stream]]) -> None:
         self._begin: Callable[[], Awaitable[Stream]] | None = begin
         self._stream: Stream | None = None
-        self._bell = _Bell()
+        self._bell = Bell()
 
     async def start(self) -> AsyncStream:
         """Render and tokenize in a thread, and hand the request to the engine. Returns self.
@@ -57,22 +57,34 @@ class AsyncStream(AsyncIterator[Event]):
         """
         if self._begin is not None:
             begin, self._begin = self._begin, None
-            self._bell.loop = asyncio.get_running_loop()
             self._stream = await begin()
-            # The engine holds the bell, not the stream: a stream that nobody holds is cancelled.
-            self._stream.notify(self._bell.ring)
+            self.share(self._bell)
         return self
+
+    def share(self, bell: Bell) -> None:
+        """From now on, ring a bell that other streams of the same task may ring too.
+
+        The stream has started, and is read by `poll` from now on.
+        """
+        self._bell = bell
+        if self._stream is not None:
+            # The engine holds the bell, not the stream: a stream that nobody holds is cancelled.
+            self._stream.notify(bell.ring)
+
+    def poll(self) -> Event | None:
+        """The next event, or None where there is none yet; StopIteration after the last."""
+        if self._stream is None:  # starting it has failed
+            raise StopIteration
+        return self._stream.poll()
 
     async def __anext__(self) -> Event:
         await self.start()
-        if self._stream is None:  # starting it has failed
-            raise StopAsyncIteration
         try:
-            while (event := self._stream.poll()) is None:
+            while (event := self.poll()) is None:
                 self._bell.listen()
-                if (event := self._stream.poll()) is not None:  # it came just before
+                if (event := self.poll()) is not None:  # it came just before
                     break
-                await self._bell.rung.wait()
+                await self._bell.wait()
         except StopIteration:
             raise StopAsyncIteration from None
         except BaseException:  # above all, the task was cancelled
@@ -102,27 +114,44 @@ class AsyncStream(AsyncIterator[Event]):
         raise RequestError("the stream has already been read to its end")
 
 
-class _Bell:
-    """Wakes a reader on an event loop, once for all that came since it last listened."""
+class Bell:
+    """Wakes one task of an event loop, once for all that came since it last listened."""
 
     def __init__(self) -> None:
-        self.rung = asyncio.Event()
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self._silent = True
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._silent = True  # nobody has rung since
+        self._rung = False  # and the loop knows
 
     def listen(self) -> None:
-        """On the loop: forget earlier rings."""
+        """On the loop: forget earlier rings. Look for what came before, then `wait`."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._rung = False
         self._silent = True
-        self.rung.clear()
+
+    async def wait(self) -> None:
+        """Until somebody rings, or has since `listen`."""
+        if not self._rung:
+            assert self._loop is not None
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     def ring(self) -> None:
         """From any thread. RuntimeError: the loop is closed."""
-        assert self.loop is not None
-        if self.loop.is_closed():
+        loop = self._loop
+        if loop is None:  # nobody has listened yet, and whoever will looks first
+            return
+        if loop.is_closed():
             raise RuntimeError("the event loop is closed")
         if self._silent:
             self._silent = False
-            self.loop.call_soon_threadsafe(self.rung.set)
+            loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._rung = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def _streaming(

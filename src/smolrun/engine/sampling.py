@@ -188,8 +188,15 @@ def check_finite(logits: Float32Array, where: str = "") -> None:
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments (Philox 4x64, 53 bits)."""
+    return uniforms(seed, position, 1)[0]
+
+
+def uniforms(seed: int, position: int, count: int) -> list[float]:
+    """`uniform` of `count` positions from `position` on."""
     generator = np.random.Philox(key=seed, counter=position)
-    return (int(generator.random_raw()) >> 11) * 2.0**-53
+    # A count of the counter gives four numbers, of which the first is the position's.
+    raw = generator.random_raw(4 * count)[::4]
+    return [(number >> 11) * 2.0**-53 for number in raw.tolist()]
 
 
 class Constraint(Protocol):
@@ -230,6 +237,8 @@ class Sampler:
         self.seed = (
             int.from_bytes(os.urandom(8), "little") if parameters.seed is None else parameters.seed
         )
+        self._uniforms: list[float] = []  # of positions from `_uniforms_from` on
+        self._uniforms_from = 0
         self._recent = list(prompt[-REPEAT_WINDOW:])
         self._counts: Counter[int] = Counter()
         self._deductions: Float32Array | None = None  # (vocab_size,) presence and frequency
@@ -255,13 +264,21 @@ class Sampler:
         elif parameters.greedy:
             token = int(decided.argmax())
         else:
-            token = _draw(decided, parameters, uniform(self.seed, position))
+            token = _draw(decided, parameters, self._uniform(position))
         if self.constraint is not None:
             self.constraint.accept(token)
         self._remember(token, len(logits))
         if not parameters.logprobs:
             return SampledToken(token)
         return with_logprobs(token, logits, parameters.top_logprobs)
+
+    def _uniform(self, position: int) -> float:
+        """`uniform` of a position; making a generator takes as long as half of a draw."""
+        place = position - self._uniforms_from
+        if not 0 <= place < len(self._uniforms):
+            self._uniforms, self._uniforms_from = uniforms(self.seed, position, _AHEAD), position
+            place = 0
+        return self._uniforms[place]
 
     def _adjust(self, logits: Float32Array) -> Float32Array:
         """Logits after bias and penalties; the array itself when there are none."""
@@ -295,6 +312,7 @@ class Sampler:
         self._deductions[token] = presence + frequency * self._counts[token]
 
 
+_AHEAD = 32  # positions whose random numbers are made at a time
 _PIECE = 512  # weights summed at a time when drawing
 
 
@@ -310,12 +328,13 @@ def _draw(logits: Float32Array, parameters: SamplingParameters, random: float) -
         tokens = likeliest(logits, parameters.top_k)
         scaled = scaled[tokens]
     scaled *= np.float32(1 / parameters.temperature)
-    weights = np.exp(scaled, out=scaled).astype(np.float64)  # relative to the likeliest token
+    weights: npt.NDArray[Any] = np.exp(scaled, out=scaled)  # relative to the likeliest token
     if parameters.top_p < 1:
         kept = nucleus(weights, parameters.top_p)
         tokens = kept if tokens is None else tokens[kept]
         weights = weights[kept]
     if parameters.min_p > 0:
+        weights = weights.astype(np.float64)  # as the number that they are compared with
         kept = np.flatnonzero(weights >= parameters.min_p)
         tokens = kept if tokens is None else tokens[kept]
         weights = weights[kept]
@@ -323,16 +342,16 @@ def _draw(logits: Float32Array, parameters: SamplingParameters, random: float) -
     return place if tokens is None else int(tokens[place])
 
 
-def _pick(weights: npt.NDArray[np.float64], random: float) -> int:
+def _pick(weights: npt.NDArray[Any], random: float) -> int:
     """The place at which the running sum of `weights` passes `random` of the whole."""
     # Sums of pieces first: a running sum over a whole vocabulary costs as much as all the rest.
     starts = np.arange(0, len(weights), _PIECE)
-    cumulative = np.cumsum(np.add.reduceat(weights, starts))
+    cumulative = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     target = random * cumulative[-1]  # random <= 1 - 2**-53 keeps it below the last sum
     piece = int(np.searchsorted(cumulative, target, side="right"))
     if piece:
         target -= cumulative[piece - 1]
-    inside = np.cumsum(weights[starts[piece] : starts[piece] + _PIECE])
+    inside = np.cumsum(weights[starts[piece] : starts[piece] + _PIECE], dtype=np.float64)
     # A piece summed in another order may end a hair below its target.
     target = min(target, np.nextafter(inside[-1], 0))
     return int(starts[piece] + np.searchsorted(inside, target, side="right"))
@@ -375,18 +394,19 @@ _BINS = 24 << 7
 _ONE = int(np.array(1.0).view(np.int64))
 
 
-def nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+def nucleus(weights: npt.NDArray[Any], top_p: float) -> npt.NDArray[np.int64]:
     """Places of the fewest weights that together reach `top_p` of the whole, rising.
 
-    The highest weight is 1.
+    The highest weight is 1. Whatever their type, they are summed as float64.
     """
-    mass = top_p * weights.sum()
+    mass = top_p * weights.sum(dtype=np.float64)
     # Nearly always the nucleus lies among few weights; only these are sorted.
     likely = np.flatnonzero(weights >= _LIKELY)
     if len(likely) <= _MOST_SORTED:
-        found = weights[likely]
+        found = weights[likely].astype(np.float64)
         if found.sum() >= mass:
             return likely[_from_edge(found, *_edge(found, mass))]
+    weights = weights.astype(np.float64)
     # Else the sums of bins tell in which one the edge is, and only that one is sorted.
     bins = np.minimum((_ONE - weights.view(np.int64)) >> _BIN_SHIFT, _BINS - 1)
     sums = np.cumsum(np.bincount(bins, weights))

@@ -76,8 +76,10 @@ class _Reply:
             "model": body.model or service.names[0],
             "system_fingerprint": service.fingerprint,
         }
-        self._begun = replies.event_begun({**self._head, "object": "chat.completion.chunk"})
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._events = replies.EventWriter(
+            {**self._head, "object": "chat.completion.chunk"}, _text_choice, self._wants_usage
+        )
         self._started = time.monotonic()
 
     def whole(self, finished: list[Finished]) -> dict[str, Any]:
@@ -120,24 +122,25 @@ class _Reply:
         for index in range(self._body.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         results: list[Result] = []
-        async for index, event in work.events():
-            if event is None:
-                yield replies.PING
-            elif isinstance(event, EndEvent):
-                results.append(event.result)
-                yield self._end(index, event.result)
-            elif (piece := self._piece(index, event)) is not None:
-                yield piece
+        async for events in work.events():
+            pieces = [self._piece(*event) for event in events]
+            if data := b"".join(pieces) if events else replies.PING:
+                yield data
+            results += [event.result for _, event in events if isinstance(event, EndEvent)]
         if self._wants_usage:
             usage = replies.usage([result.usage for result in results], len(results))
-            yield self._event({"choices": [], "usage": usage})
+            yield self._events.event({"choices": [], "usage": usage})
 
-    def _piece(self, index: int, event: Event) -> bytes | None:
+    def _piece(self, index: int, event: Event) -> bytes:
         if isinstance(event, TextEvent):
-            logprobs = replies.chat_logprobs(event.logprobs) if self._body.logprobs else None
+            if not self._body.logprobs:
+                return self._events.text(index, event.text)
+            logprobs = replies.chat_logprobs(event.logprobs)
             return self._chunk(index, {"content": event.text}, logprobs=logprobs)
         if isinstance(event, ReasoningEvent):
             return self._chunk(index, {"reasoning_content": event.text})
+        if isinstance(event, EndEvent):
+            return self._end(index, event.result)
         if isinstance(event, ToolCallEvent):
             return self._chunk(index, {"tool_calls": [replies.tool_call_delta(event)]})
         if isinstance(event, ProgressEvent) and self._body.return_progress:
@@ -146,8 +149,8 @@ class _Reply:
                 "processed": event.done,
                 "time_ms": round(1000 * (time.monotonic() - self._started)),
             }
-            return self._event({"choices": [], "prompt_progress": progress})
-        return None
+            return self._events.event({"choices": [], "prompt_progress": progress})
+        return b""
 
     def _end(self, index: int, result: Result) -> bytes:
         choice = {
@@ -158,13 +161,15 @@ class _Reply:
             **self._extras(result),
         }
         timings = replies.timings(result.timings, result.usage.cached_tokens)
-        return self._event({"choices": [choice], "timings": timings})
+        return self._events.event({"choices": [choice], "timings": timings})
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        return self._event({"choices": [choice]})
+        return self._events.event({"choices": [_choice(index, delta, logprobs)]})
 
-    def _event(self, members: dict[str, Any]) -> bytes:
-        if self._wants_usage:
-            members.setdefault("usage", None)
-        return replies.event_ended(self._begun, members)
+
+def _choice(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def _text_choice(index: int, text: str) -> dict[str, Any]:
+    return _choice(index, {"content": text})

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smolrun.api import EndEvent, ProgressEvent, Result, TextEvent, TokenLogprob
+from smolrun.api import EndEvent, Event, ProgressEvent, Result, TextEvent, TokenLogprob
 from smolrun.api.asynchronous import AsyncModel
 from smolrun.server import replies
 from smolrun.server.endpoint import EventStream, client_of, json_reply, prompts_of, read_body
@@ -122,8 +122,8 @@ class _Reply:
             "model": body.model or service.names[0],
             "system_fingerprint": service.fingerprint,
         }
-        self._begun = replies.event_begun(self._head)
         self._wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._events = replies.EventWriter(self._head, _choice, self._wants_usage)
         self._started = time.monotonic()
 
     def whole(self, finished: list[Finished]) -> dict[str, Any]:
@@ -176,25 +176,28 @@ class _Reply:
                     else None
                 )
                 yield self._chunk(index, echo.text, logprobs)
-        async for index, event in work.events():
-            if event is None:
-                yield replies.PING
-            elif isinstance(event, TextEvent) and not self._only_prompt:
-                logprobs = shapes[index].shaped(event.logprobs) if wants_logprobs else None
-                yield self._chunk(index, event.text, logprobs)
-            elif isinstance(event, ProgressEvent) and self._body.return_progress:
-                yield self._progress(event)
-            elif isinstance(event, EndEvent):
-                results[index] = event.result
-                yield self._end(index, event.result)
+        async for events in work.events():
+            pieces = [self._piece(*event, shapes) for event in events]
+            if data := b"".join(pieces) if events else replies.PING:
+                yield data
+            results |= {i: event.result for i, event in events if isinstance(event, EndEvent)}
         if self._wants_usage:
             usage = self._usage([results[index] for index in range(answers)])
-            yield self._event({"choices": [], "usage": usage})
+            yield self._events.event({"choices": [], "usage": usage})
+
+    def _piece(self, index: int, event: Event, shapes: Sequence[LegacyLogprobs]) -> bytes:
+        if isinstance(event, TextEvent) and not self._only_prompt:
+            if self._body.logprobs is None:
+                return self._events.text(index, event.text)
+            return self._chunk(index, event.text, shapes[index].shaped(event.logprobs))
+        if isinstance(event, ProgressEvent) and self._body.return_progress:
+            return self._progress(event)
+        return self._end(index, event.result) if isinstance(event, EndEvent) else b""
 
     def _progress(self, event: ProgressEvent) -> bytes:
         time_ms = round(1000 * (time.monotonic() - self._started))
         progress = {"total": event.total, "processed": event.done, "time_ms": time_ms}
-        return self._event({"choices": [], "prompt_progress": progress})
+        return self._events.event({"choices": [], "prompt_progress": progress})
 
     def _end(self, index: int, result: Result) -> bytes:
         choice = {
@@ -205,13 +208,11 @@ class _Reply:
             **self._extras(result),
         }
         timings = replies.timings(result.timings, result.usage.cached_tokens)
-        return self._event({"choices": [choice], "timings": timings})
+        return self._events.event({"choices": [choice], "timings": timings})
 
     def _chunk(self, index: int, text: str, logprobs: Any) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
-        return self._event({"choices": [choice]})
+        return self._events.event({"choices": [_choice(index, text, logprobs)]})
 
-    def _event(self, members: dict[str, Any]) -> bytes:
-        if self._wants_usage:
-            members.setdefault("usage", None)
-        return replies.event_ended(self._begun, members)
+
+def _choice(index: int, text: str, logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from smolrun.api import Result, Timings, TokenLogprob, ToolCall, ToolCallEvent, Usage
@@ -25,14 +25,44 @@ def event(value: Any) -> bytes:
     return b"data: " + dumped(value) + b"\n\n"
 
 
-def event_begun(members: Mapping[str, Any]) -> bytes:
-    """The beginning of events that share their first members, for `event_ended`."""
-    return b"data: " + dumped(members)[:-1] + b","
+_TEXT = "\0"  # stands for the text of a prepared event
+_TEXT_MARK = json.dumps(_TEXT).encode()
 
 
-def event_ended(begun: bytes, members: Mapping[str, Any]) -> bytes:
-    """Such an event, with members of its own."""
-    return begun + dumped(members)[1:] + b"\n\n"
+class EventWriter:
+    """Writes the events of one stream.
+
+    Args:
+        head: members that all of them begin with.
+        text: the choice with a piece of text, of its number and that text. All but the text is
+            written once: an event for each token takes a core from the model that makes the next.
+        usage: each tells that there is no usage yet.
+    """
+
+    def __init__(
+        self, head: Mapping[str, Any], text: Callable[[int, str], dict[str, Any]], usage: bool
+    ) -> None:
+        self._begun = b"data: " + dumped(head)[:-1] + b","
+        self._text = text
+        self._usage = usage
+        self._prepared: dict[int, tuple[bytes, bytes]] = {}  # before a choice's text, and after
+
+    def event(self, members: dict[str, Any]) -> bytes:
+        """An event with members of its own."""
+        if self._usage:
+            members.setdefault("usage", None)
+        return self._begun + dumped(members)[1:] + b"\n\n"
+
+    def text(self, index: int, text: str) -> bytes:
+        """More text of a choice, and nothing else."""
+        prepared = self._prepared.get(index)
+        if prepared is None:
+            before, _, after = self.event({"choices": [self._text(index, _TEXT)]}).rpartition(
+                _TEXT_MARK
+            )
+            prepared = self._prepared[index] = (before, after)
+        encoded = json.encoder.encode_basestring(text).encode("utf-8", "replace")
+        return prepared[0] + encoded + prepared[1]
 
 
 DONE = b"data: [DONE]\n\n"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request
 
 from smolrun.api import EndEvent, Event, Result, Terms, TextEvent, TokenLogprob
-from smolrun.api.asynchronous import AsyncStream
+from smolrun.api.asynchronous import AsyncStream, Bell
 from smolrun.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -97,45 +97,63 @@ class Work:
                 await everything
             self.close()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
-        """Events of all answers as they come, each with its answer's number.
+    async def events(self) -> AsyncIterator[Sequence[tuple[int, Event]]]:
+        """Events of all answers, each with its answer's number: as many as have come.
 
-        None is a moment of silence, at which a sign of life is due.
+        None of them is a moment of silence, at which a sign of life is due.
 
         Raises:
             SmolrunError, ApiError: what ended one of them ends all.
         """
-        waiting: asyncio.Queue[tuple[int, Event | None | Exception]] = asyncio.Queue()
-
-        async def pump(index: int) -> None:
-            try:
-                async for event in self._streams[index]:
-                    waiting.put_nowait((index, event))
-            except Exception as error:
-                waiting.put_nowait((index, error))
+        bell = Bell()
+        bell.listen()
+        for stream in self._streams:
+            stream.share(bell)
+        self._aborted.add_done_callback(lambda _: bell.ring())
+        ticks = 0
 
         async def tick() -> None:
+            nonlocal ticks
             while True:
                 await asyncio.sleep(self._ping_seconds)
-                waiting.put_nowait((0, None))
+                ticks += 1
+                bell.ring()
 
-        async def abort() -> None:
-            waiting.put_nowait((0, await asyncio.shield(self._aborted)))
-
-        jobs: list[Coroutine[Any, Any, None]] = [pump(i) for i in range(len(self._streams))]
-        tasks = [asyncio.ensure_future(job) for job in (*jobs, tick(), abort())]
+        ticking = asyncio.ensure_future(tick())
+        told = 0
         try:
-            while len(self.results) < len(self._streams):
-                index, event = await waiting.get()
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, EndEvent):
-                    self._note(index, event.result)
-                yield index, event
+            while True:
+                bell.listen()
+                found, error = self._poll()
+                if found:
+                    yield found
+                elif told != ticks:
+                    told = ticks
+                    yield ()
+                if error is not None:
+                    raise error
+                if len(self.results) == len(self._streams):
+                    return
+                if not found:
+                    await bell.wait()
         finally:
-            for task in tasks:
-                task.cancel()
+            ticking.cancel()
             self.close()
+
+    def _poll(self) -> tuple[list[tuple[int, Event]], Exception | None]:
+        """The events that have come, and the error after them that ends the request."""
+        found: list[tuple[int, Event]] = []
+        if self._aborted.done():
+            return found, self._aborted.result()
+        for index, stream in enumerate(self._streams):
+            try:
+                while index not in self.results and (event := stream.poll()) is not None:
+                    if isinstance(event, EndEvent):
+                        self._note(index, event.result)
+                    found.append((index, event))
+            except Exception as error:
+                return found, error
+        return found, None
 
     def abort(self, error: ApiError) -> None:
         """End the answers with an error."""
