@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -221,3 +222,15 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "0 of 2 requests answered, 2 were already" in capsys.readouterr().err
     assert main(["batch", str(tmp_path / "none"), str(target)]) == 2
     assert main(["batch", str(source), str(source)]) == 2
+
+
+def test_command_notes_no_requests_and_leaves_logging_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("smolrun")
+    before = logger.handlers[:], logger.level, logger.propagate
+    source, target = write(tmp_path / "in", [request(n) for n in range(3)]), tmp_path / "out"
+    assert main(["batch", "-v", "-m", str(folder), str(source), str(target)]) == 0
+    assert len(read(target)) == 3
+    assert "request" not in capsys.readouterr().err.splitlines()
+    assert (logger.handlers, logger.level, logger.propagate) == before

@@ -54,6 +54,7 @@ class Running:
     def __enter__(self) -> Running:
         logger = logging.getLogger("smolrun.server")
         logger.addHandler(self.log)  # it sees what servers beside this one log, too
+        self._level_before = logger.level
         logger.setLevel(logging.INFO)
         self._thread.start()
         assert self._started.wait(30)
@@ -67,7 +68,9 @@ class Running:
         self.server.should_exit = self.server.force_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
-        logging.getLogger("smolrun.server").removeHandler(self.log)
+        logger = logging.getLogger("smolrun.server")
+        logger.removeHandler(self.log)
+        logger.setLevel(self._level_before)
 
     def _run(self) -> None:
         async def main() -> None:

@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from smolrun.cli.options import Parser, UsageError, console_of
 from smolrun.cli.terminal import Console
@@ -115,11 +115,11 @@ def _run(arguments: list[str]) -> int:
     if parsed.verbose >= 2:
         os.environ["SMOLRUN_DEBUG"] = "1"
     console = console_of(parsed)
-    _listen(console)
     if (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"):
         with contextlib.suppress(AttributeError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    code: int = module.main(parsed, console)
+    with _listening(console):
+        code: int = module.main(parsed, console)
     sys.stdout.flush()
     return code
 
@@ -129,18 +129,32 @@ class _ToConsole(logging.Handler):
         super().__init__()
         self._console = console
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """What a server logs of each request says nothing without its fields."""
+        return record.levelno >= logging.WARNING or record.name == "smolrun"
+
     def emit(self, record: logging.LogRecord) -> None:
         self._console.note(record.getMessage())
 
 
-def _listen(console: Console) -> None:
-    """Show what the package has to say as notes; libraries speak only when asked to."""
+@contextlib.contextmanager
+def _listening(console: Console) -> Iterator[None]:
+    """Show what the package has to say as notes; libraries speak only when asked to.
+
+    Afterwards the package's logger is as it was: who calls `main` may have use for it.
+    """
     logger = logging.getLogger("smolrun")
+    before = logger.handlers, logger.propagate, logger.level
     logger.handlers = [_ToConsole(console)]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if console.verbose else logging.WARNING)
     if not console.verbose:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
 
 
 def _failed(console: Console, error: BaseException, code: int, message: str = "") -> int:
