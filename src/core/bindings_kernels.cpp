@@ -244,7 +244,7 @@ void py_quantize_bytes(const std::string& isa, nb::handle x, nb::handle codes, n
         for (std::size_t half = 0; half < 2; ++half) {
             to_scales.data<float>()[2 * i + half] =
                 std::ldexp(rounded.scales[0] * kByteFactor[piece.factor], piece.shifts[half]);
-            to_sums.data<int32_t>()[2 * i + half] = piece.sums[half] >> piece.shifts[half];
+            to_sums.data<int32_t>()[2 * i + half] = piece.starts[half] / -128;
         }
     }
 }

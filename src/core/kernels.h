@@ -77,10 +77,10 @@ inline constexpr int kMostByteShift = 10;
 struct alignas(64) BytePiece {
     int8_t codes[32];
     int32_t shifts[2];      // of each half, 0 to kMostByteShift
-    int32_t sums[2];        // of the codes of each half, << shift
-    int32_t eightfold_sum;  // 8 * (sums[0] + sums[1])
-    int32_t sum_128;        // 128 times
-    float scaled_sum;       // kByteFactor[factor] * (sums[0] + sums[1])
+    int32_t starts[2];      // -128 times the sum of the codes of each half
+    int32_t eightfold_sum;  // 8 times the sum of the codes << the shift of their half
+    float scaled_first;     // kByteFactor[factor] times the sum of the first half's codes << shift
+    float scaled_sum;       // of both halves
     int32_t factor;
 };
 

@@ -29,6 +29,7 @@ constexpr int kByteTileUnrolled = 1;
 constexpr int64_t kTilePanelTokens = 8;
 // Pairs of products with codes of 8 bits do not fit 16.
 constexpr int kByteProductBits = 6;
+constexpr bool kTopmostBits = false;
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 6;
 constexpr int kFewFloatTokens = 3;
@@ -179,6 +180,15 @@ SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, cons
         return _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
     }
 }
+template <int bits>
+SMOLRUN_INLINE void dot_halves(const Words (&words)[8], const int8_t* codes, Words (&totals)[2]) {
+    for (int half = 0; half < 2; ++half) {
+        const Words* const of_half = words + 4 * half;
+        const Words sum =
+            dot_16<bits>(of_half[0], of_half[1], of_half[2], of_half[3], codes + 16 * half);
+        totals[half] = _mm256_add_epi32(totals[half], sum);
+    }
+}
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm256_and_si256(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm256_or_si256(a, b); }
 // Lanes moved to the right by `count` bits; to the left where it is negative.
@@ -191,6 +201,10 @@ SMOLRUN_INLINE Words shift_right(Words x) {
     } else {
         return x;
     }
+}
+template <int count>
+SMOLRUN_INLINE Words shift_right_signed(Words x) {
+    return _mm256_srai_epi32(x, count);
 }
 SMOLRUN_INLINE Words shift_right_by(Words x, int count) {
     return _mm256_srl_epi32(x, _mm_cvtsi32_si128(count));

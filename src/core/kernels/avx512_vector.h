@@ -37,6 +37,8 @@ constexpr int kByteTileUnrolled = 16;
 // Whole tiles of either kind. Tiles of 16 of a panel of 48 inputs use all of the first-level cache.
 constexpr int64_t kTilePanelTokens = 48;
 constexpr int kByteProductBits = 8;
+// Codes with an offset stand at the top of their byte, so that all have the same offset.
+constexpr bool kTopmostBits = true;
 // Tiles of a product of float weights: vectors of rows x tokens, 2 x 12 totals. And so many tokens
 // that one group of rows at a time does.
 constexpr int kTileVectors = 2;
@@ -169,21 +171,22 @@ SMOLRUN_INLINE Words dot_pair(Words total, Words codes, const int16_t* pair) {
 }
 // total + the four products of bytes, unsigned times signed, in each lane. Again not the intrinsic,
 // around which GCC 12 also loads the quad to a register first.
+// Volatile keeps the order, in which two sums take turns: else the CPU runs out of places for what
+// waits.
 SMOLRUN_INLINE Words dot_quad(Words total, Words bytes, const int8_t* quad) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0"
-            : "+v"(total)
-            : "v"(bytes), "m"(*reinterpret_cast<const int8_t (*)[4]>(quad)));
+    __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0"
+                     : "+v"(total)
+                     : "v"(bytes), "m"(*reinterpret_cast<const int8_t (*)[4]>(quad)));
     return total;
 }
-// Sums of 16 products in each lane: four words of unsigned bytes, each below 2^bits, times 16 codes
-// from -127 to 127, which are the same for all lanes.
+// Adds 16 products to each lane of either total: four words each of unsigned bytes, below 2^bits,
+// times 16 codes from -127 to 127, which are the same for all lanes.
 template <int bits>
-SMOLRUN_INLINE Words dot_16(const Words& a, const Words& b, const Words& c, const Words& d,
-                            const int8_t* codes) {
-    Words total = dot_quad(zero_words(), a, codes);
-    total = dot_quad(total, b, codes + 4);
-    total = dot_quad(total, c, codes + 8);
-    return dot_quad(total, d, codes + 12);
+SMOLRUN_INLINE void dot_halves(const Words (&words)[8], const int8_t* codes, Words (&totals)[2]) {
+    for (int i = 0; i < 4; ++i) {
+        totals[0] = dot_quad(totals[0], words[i], codes + 4 * i);
+        totals[1] = dot_quad(totals[1], words[4 + i], codes + 16 + 4 * i);
+    }
 }
 SMOLRUN_INLINE Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
 SMOLRUN_INLINE Words bit_or(Words a, Words b) { return _mm512_or_si512(a, b); }
@@ -197,6 +200,11 @@ SMOLRUN_INLINE Words shift_right(Words x) {
     } else {
         return x;
     }
+}
+// Of signed numbers.
+template <int count>
+SMOLRUN_INLINE Words shift_right_signed(Words x) {
+    return count == 0 ? x : _mm512_srai_epi32(x, count);
 }
 SMOLRUN_INLINE Words shift_right_by(Words x, int count) {
     return _mm512_srl_epi32(x, _mm_cvtsi32_si128(count));

@@ -75,7 +75,7 @@ void quantize_byte_piece(const float* x, float largest, BytePiece& piece) {
     while (std::ldexp(kByteFactor[factor], exponent) < larger) {
         if (++factor == kByteFactors) factor = 0, ++exponent;
     }
-    int32_t sum = 0;
+    int32_t sums[2] = {};
     for (int half = 0; half < 2; ++half) {
         int shift = 0;
         while (std::ldexp(kByteFactor[factor], shift) < wanted[half]) ++shift;
@@ -87,12 +87,12 @@ void quantize_byte_piece(const float* x, float largest, BytePiece& piece) {
             of_half += piece.codes[i];
         }
         piece.shifts[half] = shift;
-        piece.sums[half] = of_half * (1 << shift);
-        sum += piece.sums[half];
+        piece.starts[half] = -128 * of_half;
+        sums[half] = of_half * (1 << shift);
     }
-    piece.eightfold_sum = 8 * sum;
-    piece.sum_128 = 128 * sum;
-    piece.scaled_sum = kByteFactor[factor] * static_cast<float>(sum);
+    piece.eightfold_sum = 8 * (sums[0] + sums[1]);
+    piece.scaled_first = kByteFactor[factor] * static_cast<float>(sums[0]);
+    piece.scaled_sum = kByteFactor[factor] * static_cast<float>(sums[0] + sums[1]);
     piece.factor = factor;
 }
 

@@ -177,8 +177,10 @@ void multiply_bytes(const Piece& piece, const BytePiece& input, float (&totals)[
         }
     }
     for (int part = 0; part < kPiece / at.sub_block; ++part) {
-        const float sum =
-            at.sub_block == 16 ? factor * static_cast<float>(input.sums[part]) : input.scaled_sum;
+        // What is taken away is exact: both are few bits long.
+        const float sum = at.sub_block == 32 ? input.scaled_sum
+                          : part == 0        ? input.scaled_first
+                                             : input.scaled_sum - input.scaled_first;
         for (int row = 0; row < kRows; ++row) {
             const float dot = static_cast<float>(dots[part][row]);
             totals[row] = std::fma(piece.scales[part][row] * factor, dot, totals[row]);

@@ -71,8 +71,8 @@ SMOLRUN_INLINE __m256i sums_of_codes(const BytePiece& piece) {
 }
 
 // What follows the codes in a piece.
-SMOLRUN_INLINE void store_sums(BytePiece* piece, __m128i shifts_and_sums, __m128i rest) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece->shifts), shifts_and_sums);
+SMOLRUN_INLINE void store_sums(BytePiece* piece, __m128i shifts_and_starts, __m128i rest) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece->shifts), shifts_and_starts);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(&piece->eightfold_sum), rest);
 }
 
@@ -84,18 +84,20 @@ SMOLRUN_INLINE void store_byte_sums(const ByteRounding& with, int64_t panel, Byt
     const __m256i halves = _mm256_add_epi64(_mm256_unpacklo_epi64(first, second),
                                             _mm256_unpackhi_epi64(first, second));
     const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6);
-    const __m128i sums = _mm_sllv_epi32(
-        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order)), with.shifts);
+    const __m128i of_codes = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order));
+    const __m128i starts = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of_codes), 7);
+    const __m128i sums = _mm_sllv_epi32(of_codes, with.shifts);
     const __m128i both = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, _MM_SHUFFLE(2, 3, 0, 1)));
     const __m128 factors = _mm_permutevar_ps(_mm_loadu_ps(kByteFactor), with.factors);
+    const __m128i first_scaled = _mm_castps_si128(_mm_mul_ps(factors, _mm_cvtepi32_ps(sums)));
     const __m128i scaled = _mm_castps_si128(_mm_mul_ps(factors, _mm_cvtepi32_ps(both)));
-    const __m128i eightfold = _mm_slli_epi32(both, 3), sum_128 = _mm_slli_epi32(both, 7);
-    store_sums(to, _mm_unpacklo_epi64(with.shifts, sums),
-               _mm_unpacklo_epi64(_mm_unpacklo_epi32(eightfold, sum_128),
+    const __m128i eightfold = _mm_slli_epi32(both, 3);
+    store_sums(to, _mm_unpacklo_epi64(with.shifts, starts),
+               _mm_unpacklo_epi64(_mm_unpacklo_epi32(eightfold, first_scaled),
                                   _mm_unpacklo_epi32(scaled, with.factors)));
     if constexpr (pieces == 2) {
-        store_sums(to + panel, _mm_unpackhi_epi64(with.shifts, sums),
-                   _mm_unpacklo_epi64(_mm_unpackhi_epi32(eightfold, sum_128),
+        store_sums(to + panel, _mm_unpackhi_epi64(with.shifts, starts),
+                   _mm_unpacklo_epi64(_mm_unpackhi_epi32(eightfold, first_scaled),
                                       _mm_unpackhi_epi32(scaled, with.factors)));
     }
 }

@@ -15,6 +15,17 @@ template <WeightType type>
 constexpr int bits_of_code =
     packed_layout(type).lookup ? 8 : packed_layout(type).low_bits + packed_layout(type).high_bits;
 
+// How far to the left they stand in their byte, and the offset they then have. (Types whose codes
+// have no offset are left as they are.)
+template <WeightType type>
+constexpr int byte_shift = kTopmostBits && Format<type>::offset != 0 ? 8 - bits_of_code<type> : 0;
+template <WeightType type>
+constexpr int byte_offset = Format<type>::offset << byte_shift<type>;
+// Whether the offset is taken out from the start, of each half, or in the end.
+template <WeightType type>
+constexpr bool offset_from_start =
+    byte_offset<type> != 0 && (kTopmostBits || Format<type>::sub_blocks);
+
 // The scales of a vector of rows in a piece, one for each half where the weights have two, times
 // each factor that inputs may have: for many tokens multiplied once, for few when asked for.
 template <WeightType type, bool few>
@@ -24,12 +35,13 @@ struct FactoredScales {
     alignas(64) float products[parts][factors][kLanes];
 
     SMOLRUN_INLINE explicit FactoredScales(const Scales& scales) {
+        constexpr float unit = 1.0f / (1 << byte_shift<type>);
         for (int part = 0; part < parts; ++part) {
             Floats scale = scales.scale;
             if constexpr (parts == 2) scale = mul(scale, to_floats(scales.sub_scale[part]));
-            store(products[part][0], scale);
-            for (int i = 1; i < factors; ++i) {
-                store(products[part][i], mul(scale, broadcast(kByteFactor[i])));
+            for (int i = 0; i < factors; ++i) {
+                const float factor = kByteFactor[i] * unit;
+                store(products[part][i], factor == 1 ? scale : mul(scale, broadcast(factor)));
             }
         }
     }
@@ -39,31 +51,20 @@ struct FactoredScales {
     }
 };
 
-// Sums of half a piece: four words of codes, times the inputs.
+// What the sum over half a piece starts with.
 template <WeightType type>
-SMOLRUN_INLINE Words half_dot(const Words (&codes)[kPieceQuads], const BytePiece& input, int half) {
-    const Words* const words = codes + 4 * half;
-    return shift_left_by(
-        dot_16<bits_of_code<type>>(words[0], words[1], words[2], words[3], input.codes + 16 * half),
-        input.shifts[half]);
+SMOLRUN_INLINE Words start_of_half(const BytePiece& input, int half) {
+    if constexpr (!offset_from_start<type>) return zero_words();
+    constexpr int smaller_by = 7 - __builtin_ctz(byte_offset<type> | 128);
+    return shift_right_signed<smaller_by>(broadcast_word(input.starts[half]));
 }
 
 // Takes the offset out of a sum over a piece.
 template <int offset>
 SMOLRUN_INLINE Words without_offset(Words dot, const BytePiece& input) {
-    if constexpr (offset == 128) return sub(dot, broadcast_word(input.sum_128));
     static_assert(offset % 8 == 0);
-    for (int i = 0; offset != 128 && i < offset / 8; ++i) {
-        dot = sub(dot, broadcast_word(input.eightfold_sum));
-    }
+    for (int i = 0; i < offset / 8; ++i) dot = sub(dot, broadcast_word(input.eightfold_sum));
     return dot;
-}
-// Over half of one.
-template <int offset>
-SMOLRUN_INLINE Words without_offset(Words dot, const BytePiece& input, int half) {
-    if constexpr (offset == 0) return dot;
-    constexpr int shift = __builtin_ctz(static_cast<unsigned>(offset));
-    return sub(dot, shift_right<-shift>(broadcast_word(input.sums[half])));
 }
 
 // Adds one piece to the total of a vector of rows, which counts in scales of the token.
@@ -72,18 +73,21 @@ SMOLRUN_INLINE Floats add_bytes(Floats total, const Words (&codes)[kPieceQuads],
                                 const FactoredScales<type, few>& scales, const Floats (&minimum)[2],
                                 const BytePiece& input) {
     using F = Format<type>;
-    const Words dots[2] = {half_dot<type>(codes, input, 0), half_dot<type>(codes, input, 1)};
+    Words dots[2] = {start_of_half<type>(input, 0), start_of_half<type>(input, 1)};
+    dot_halves<bits_of_code<type>>(codes, input.codes, dots);
+    for (int half = 0; half < 2; ++half) dots[half] = shift_left_by(dots[half], input.shifts[half]);
     if constexpr (F::sub_blocks) {
         for (int half = 0; half < 2; ++half) {
-            const Words dot = without_offset<F::offset>(dots[half], input, half);
-            total = fma(scales.at(half, input.factor), to_floats(dot), total);
+            total = fma(scales.at(half, input.factor), to_floats(dots[half]), total);
             if constexpr (F::minimums == 2) {
-                const float sum = kByteFactor[input.factor] * static_cast<float>(input.sums[half]);
+                const float sum =
+                    half == 0 ? input.scaled_first : input.scaled_sum - input.scaled_first;
                 total = fma(minimum[half], broadcast(sum), total);
             }
         }
     } else {
-        const Words dot = without_offset<F::offset>(add(dots[0], dots[1]), input);
+        Words dot = add(dots[0], dots[1]);
+        if constexpr (!offset_from_start<type>) dot = without_offset<byte_offset<type>>(dot, input);
         total = fma(scales.at(0, input.factor), to_floats(dot), total);
         if constexpr (F::minimums == 1) {
             total = fma(minimum[0], broadcast(input.scaled_sum), total);
@@ -97,7 +101,7 @@ SMOLRUN_INLINE Floats add_bytes(Floats total, const Words (&codes)[kPieceQuads],
 template <WeightType type, int quad = 0>
 SMOLRUN_INLINE void read_quads(const std::byte* low, const std::byte* high,
                                Words (&out)[kPieceQuads]) {
-    out[quad] = read_quad<type, quad>(low, high);
+    out[quad] = read_quad<type, quad, byte_shift<type>>(low, high);
     if constexpr (quad + 1 < kPieceQuads) read_quads<type, quad + 1>(low, high, out);
 }
 

@@ -35,8 +35,9 @@ struct Pairs {
 // Bits `bits` wide from bit `bit` of every byte, moved to bit `to`.
 template <int bits, int bit, int to>
 SMOLRUN_INLINE Words read_bytes(Words words) {
-    constexpr int mask = ((1 << bits) - 1) << to;
-    return bit_and(shift_right<bit - to>(words), broadcast_word(mask * 0x01010101));
+    constexpr uint32_t mask = ((1u << bits) - 1) << to;
+    return bit_and(shift_right<bit - to>(words),
+                   broadcast_word(static_cast<int32_t>(mask * 0x01010101u)));
 }
 
 // Where a quad stands in a plane: which word of a row, which bit of its bytes.
@@ -60,9 +61,9 @@ constexpr int8_t kUnsignedValues[16] = {
     unsigned_value(8),  unsigned_value(9),  unsigned_value(10), unsigned_value(11),
     unsigned_value(12), unsigned_value(13), unsigned_value(14), unsigned_value(15)};
 
-// A quad of a piece as unsigned bytes; the planes are those of the piece, from the first row of the
-// lanes on.
-template <WeightType type, int quad>
+// A quad of a piece as unsigned bytes, `up` bits to the left; the planes are those of the piece,
+// from the first row of the lanes on.
+template <WeightType type, int quad, int up = 0>
 SMOLRUN_INLINE Words read_quad(const std::byte* low, const std::byte* high) {
     constexpr PackedLayout at = Format<type>::at;
     using Low = Place<at.low_bits, quad>;
@@ -70,11 +71,11 @@ SMOLRUN_INLINE Words read_quad(const std::byte* low, const std::byte* high) {
     if constexpr (at.low_bits == 8) {
         return words;
     } else {
-        const Words lower = read_bytes<at.low_bits, Low::bit, 0>(words);
+        const Words lower = read_bytes<at.low_bits, Low::bit, up>(words);
         if constexpr (at.high_bits != 0) {
             using High = Place<at.high_bits, quad>;
             const Words from = load_words(high + High::word);
-            return bit_or(lower, read_bytes<at.high_bits, High::bit, at.low_bits>(from));
+            return bit_or(lower, read_bytes<at.high_bits, High::bit, at.low_bits + up>(from));
         } else if constexpr (at.lookup) {
             return look_up(kUnsignedValues, lower);
         } else {
