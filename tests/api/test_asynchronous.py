@@ -167,13 +167,24 @@ async def cancel_a_whole_answer(model: AsyncModel) -> None:
         await task
 
 
+async def cancel_a_score(model: AsyncModel) -> None:
+    """Of choices that share a block, the others wait for the first, and are never begun."""
+    task = asyncio.create_task(model.score([5] * 400, [[6], [7], [8]]))
+    while not model.model.statistics()["running"]:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 @pytest.mark.parametrize(
-    "leave", [leave_the_loop, leave_the_block, cancel_the_task, cancel_a_whole_answer]
+    "leave",
+    [leave_the_loop, leave_the_block, cancel_the_task, cancel_a_whole_answer, cancel_a_score],
 )
 def test_whoever_leaves_cancels(gated: tuple[Model, GatedRunner], leave: Any) -> None:
     """The answer would take all of the context; it ends within the step that is under way."""
     model, runner = gated
-    runner.hold(2)
+    runner.hold(0 if leave is cancel_a_score else 2)
     asyncio.run(leave(AsyncModel(model)))
     runner.go_on()
     ended(model, cancelled=1)

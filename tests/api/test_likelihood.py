@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,3 +147,27 @@ def test_the_users_cache_is_left_alone(model: Model, tiny_folder: Path) -> None:
         other.perplexity(TEXT, context=16)
         other.score("a", [" b", " c"])
         assert (other.forward(np.array([[8]]), 3) == expected).all()
+
+
+def test_scores_beside_answers_and_in_several_threads(model: Model, tiny_folder: Path) -> None:
+    """They share steps, a cache and a queue, and change nothing about each other."""
+    prompt, choices = "The sky is " * 12, [" blue because air", " small", "."]
+    asked: dict[str, Any] = {"max_tokens": 40, "seed": 3, "ignore_eos": True}
+    expected = (
+        model.score(prompt, choices),
+        model.perplexity(TEXT, context=16),
+        [token.logprob for token in model.prompt_logprobs(prompt, top_logprobs=2)][1:],
+        model.generate("x", **asked).token_ids,
+    )
+    with Model(tiny_folder, threads=1) as other, ThreadPoolExecutor(8) as pool:
+        for _ in range(2):  # the second time, the prefix cache knows the prompt
+            found: list[Future[Any]] = [
+                pool.submit(other.score, prompt, choices),
+                pool.submit(other.perplexity, TEXT, context=16),
+                pool.submit(other.prompt_logprobs, prompt, top_logprobs=2),
+                pool.submit(lambda: other.generate("x", **asked)),
+            ]
+            scores, perplexity, logprobs, answer = (one.result(60) for one in found)
+            told = [token.logprob for token in logprobs][1:]
+            assert (scores, perplexity, told, answer.token_ids) == expected
+        assert other.statistics()["kv_blocks_held"] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +22,15 @@ from smolrun.api.request import TextArguments
 from smolrun.api.stream import Stream
 from smolrun.engine.answer import EndEvent, Event, Result
 from smolrun.engine.engine import DEFAULT_TERMS
+from smolrun.engine.likelihood import choice_score
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Unpack
 
+    from smolrun.engine.answer import TokenLogprob
+    from smolrun.engine.likelihood import ChoiceScore
     from smolrun.engine.sequence import Terms
 
 P = ParamSpec("P")
@@ -213,9 +217,7 @@ class AsyncModel:
     stream = _streaming(Model.stream)
     stream_text = _streaming(Model.stream_text)
     chat = _answering(Model.stream, like=Model.chat)
-    score = _threaded(Model.score)
     perplexity = _threaded(Model.perplexity)
-    prompt_logprobs = _threaded(Model.prompt_logprobs)
     tokenize = _threaded(Model.tokenize)
     detokenize = _threaded(Model.detokenize)
     render = _threaded(Model.render)
@@ -271,6 +273,45 @@ class AsyncModel:
             for reading in readings:
                 reading.cancel()
         return vectors[0] if single else np.stack(vectors)
+
+    async def score(
+        self,
+        prompt: str | Sequence[int],
+        choices: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> list[ChoiceScore]:
+        """As `Model.score`."""
+        model = self.model
+        texts = await self._prepared(model.choice_texts, prompt, choices)
+        under_way: deque[AsyncStream] = deque()
+        found: list[Any] = []
+        try:
+            for text, most in zip(texts, model.side_by_side(texts), strict=True):
+                under_way.append(_adopted(Stream(model.loaded.engine.score(*text, terms))))
+                while len(under_way) > most:
+                    found.append(await anext(under_way[0]))
+                    under_way.popleft()
+            found += [await anext(reading) for reading in under_way]
+        finally:
+            for reading in under_way:
+                reading.cancel()
+        return [choice_score(one.logprobs, one.greedy) for one in found]
+
+    async def prompt_logprobs(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        top_logprobs: int = 0,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> list[TokenLogprob]:
+        """As `Model.prompt_logprobs`."""
+        model = self.model
+        ids, request = await self._prepared(model.likelihood, prompt, top_logprobs, terms)
+        if request is None:
+            return model.told(ids, ())
+        found: Any = await anext(_adopted(Stream(request)))
+        return model.told(ids, found.tokens)
 
     async def close(self) -> None:
         """Stop the model after its current step; answers under way end in an error."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from smolrun.api.request import tokenizer_of
 from smolrun.engine.answer import TokenLogprob, described
 from smolrun.engine.engine import DEFAULT_TERMS
-from smolrun.engine.forward import Forward
+from smolrun.engine.kv import BLOCK_TOKENS
 from smolrun.engine.likelihood import (
     WINDOW_TOKENS,
     ChoiceScore,
     Perplexity,
-    perplexity,
-    prompt_logprobs,
-    score_choices,
+    choice_score,
+    common_prefix,
+    perplexity_of,
     text_windows,
+    window_tokens,
 )
 from smolrun.engine.sampling import MAX_TOP_LOGPROBS, SampledToken
 from smolrun.errors import ContextLengthError, RequestError
@@ -29,7 +31,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from smolrun.engine.load import LoadedModel
+    from smolrun.engine.reading import TokenLikelihoods
     from smolrun.engine.sequence import Request, Terms
+
+
+class Expected(NamedTuple):
+    """A text that is read for how likely its end is."""
+
+    tokens: list[int]
+    first: int  # the first token of the end
 
 
 class Reader:
@@ -44,6 +54,7 @@ class Reader:
         context: int = WINDOW_TOKENS,
         stride: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        terms: Terms = DEFAULT_TERMS,
     ) -> Perplexity:
         """How surprised the model is by a text: exp of the mean negative log-probability.
 
@@ -55,19 +66,36 @@ class Reader:
             stride: None: windows follow each other, and the second half of each counts. A number:
                 windows begin that far apart, and the last `stride` tokens of each count.
             progress: called with the windows done, and those in all.
+            terms: whose request it is; each window may take as long as they say.
 
         Raises:
             RequestError: the text is too short, or sizes make no sense.
             ContextLengthError: a window is longer than the model's context.
         """
-        tokens = np.array(self._prompt_ids(text, parse_special=False), np.int32)
-        windows = text_windows(len(tokens), context, stride)
-        return perplexity(Forward(self.loaded.engine), tokens, windows, self.window_bos, progress)
+        ids = self._prompt_ids(text, parse_special=False)
+        windows = text_windows(len(ids), context, stride)
+        tokens = np.array(self.loaded.engine.checked(ids), np.int32)
+        texts = [
+            Expected(
+                window_tokens(tokens, window, self.window_bos).tolist(), window.first - window.start
+            )
+            for window in windows
+        ]
+        found = []
+        for done, one in enumerate(self._scored(texts, terms)):
+            if progress is not None:
+                progress(done, len(windows))
+            found.append(one.logprobs)
+        return perplexity_of(np.concatenate(found), len(windows))
 
     def score(
-        self, prompt: str | Sequence[int], choices: Sequence[str] | Sequence[Sequence[int]]
+        self,
+        prompt: str | Sequence[int],
+        choices: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        terms: Terms = DEFAULT_TERMS,
     ) -> list[ChoiceScore]:
-        """How likely each of `choices` is to follow `prompt`. What they share is computed once.
+        """How likely each of `choices` is to follow `prompt`. They run side by side.
 
         A choice is what is left of the tokens of prompt and choice together when as many are taken
         off as the prompt has, so a word that goes on across the seam counts as one.
@@ -75,12 +103,18 @@ class Reader:
         Args:
             prompt: text, or token ids; at least one token.
             choices: texts, or lists of token ids where the prompt is one; none is empty.
+            terms: whose request it is; each choice may take as long as they say.
 
         Raises:
             RequestError: prompt or a choice is empty or of another kind.
             ContextLengthError: prompt and choice do not fit the context.
         """
-        sequences = []
+        texts = self.choice_texts(prompt, choices)
+        return [choice_score(one.logprobs, one.greedy) for one in self._scored(texts, terms)]
+
+    def choice_texts(self, prompt: Any, choices: Any) -> list[Expected]:
+        """What `score` reads."""
+        texts = []
         before = self._prompt_ids(prompt)
         for number, choice in enumerate(choices):
             if isinstance(prompt, str) != isinstance(choice, str):
@@ -93,19 +127,43 @@ class Reader:
             if not before or len(whole) <= len(before):
                 empty = f"choices[{number}]" if before else "prompt"
                 raise RequestError(f"{empty}: expected at least one token, it is empty")
-            sequences.append((np.array(whole, np.int32), len(before)))
-        if not sequences:
+            texts.append(Expected(self.loaded.engine.checked(whole), len(before)))
+        if not texts:
             raise RequestError("choices: expected at least one, there is none")
-        return score_choices(Forward(self.loaded.engine), sequences)
+        return texts
+
+    def _scored(self, texts: Sequence[Expected], terms: Terms) -> Iterator[TokenLikelihoods]:
+        """What the model makes of texts, in their order."""
+        requests: deque[Request] = deque()
+        for text, most in zip(texts, self.side_by_side(texts), strict=True):
+            requests.append(self.loaded.engine.score(*text, terms))
+            while len(requests) > most:
+                yield next(requests.popleft())
+        for request in requests:
+            yield next(request)
+
+    def side_by_side(self, texts: Sequence[Expected]) -> list[int]:
+        """After each of `texts` was submitted: how many may still be under way.
+
+        Of texts that share a block of the prefix cache the first is read before the others.
+        """
+        most = self.loaded.engine.max_sequences - 1
+        shared = common_prefix([text.tokens[: text.first] for text in texts])
+        return [0 if shared >= BLOCK_TOKENS else most] + [most] * (len(texts) - 1)
 
     def prompt_logprobs(
-        self, prompt: str | Sequence[int], *, top_logprobs: int = 0
+        self,
+        prompt: str | Sequence[int],
+        *,
+        top_logprobs: int = 0,
+        terms: Terms = DEFAULT_TERMS,
     ) -> list[TokenLogprob]:
         """What the model makes of each token of a prompt, after those before it.
 
         Args:
             prompt: text, or token ids.
             top_logprobs: so many likeliest tokens in the place of each, at most 20.
+            terms: whose request it is, and how long it may take.
 
         Returns:
             One for each token. The first, before which there is nothing, has logprob NaN.
@@ -114,19 +172,27 @@ class Reader:
             RequestError: the prompt is empty, or no such.
             ContextLengthError: it does not fit the context.
         """
+        ids, request = self.likelihood(prompt, top_logprobs, terms)
+        return self.told(ids, next(request).tokens if request else ())
+
+    def likelihood(
+        self, prompt: Any, top_logprobs: int, terms: Terms
+    ) -> tuple[list[int], Request | None]:
+        """Token ids of `prompt_logprobs`, and its request; None: one token, which has none."""
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
             raise RequestError(
                 f"top_logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {top_logprobs!r:.80}"
             )
-        ids = self._prompt_ids(prompt)
-        if not ids:
-            raise RequestError("prompt: expected at least one token, it is empty")
-        context_size = self.loaded.engine.context_size
-        if len(ids) > context_size:
-            raise ContextLengthError(len(ids), context_size)
-        forward = Forward(self.loaded.engine)
-        tokens = np.array(forward.checked_ids(ids)[0], np.int32)
-        found = prompt_logprobs(forward, tokens, top_logprobs)
+        engine = self.loaded.engine
+        ids = engine.checked(self._prompt_ids(prompt))
+        if len(ids) > engine.context_size:
+            raise ContextLengthError(len(ids), engine.context_size)
+        if len(ids) == 1:
+            return ids, None
+        return ids, engine.score(ids, 1, terms, top_logprobs=top_logprobs)
+
+    def told(self, ids: Sequence[int], found: Iterable[SampledToken]) -> list[TokenLogprob]:
+        """The result of `prompt_logprobs`."""
         first = SampledToken(ids[0], math.nan)
         return [described(self.loaded.tokenizer, token) for token in (first, *found)]
 

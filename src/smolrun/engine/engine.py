@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from smolrun.engine.kv import BlockPool, blocks_for
 from smolrun.engine.places import Places
-from smolrun.engine.reading import MeanHidden, Reading
+from smolrun.engine.reading import Given, Likelihood, MeanHidden, Reading, Scoring
 from smolrun.engine.runner import Runner
 from smolrun.engine.sampling import Constraint, SamplingParameters
 from smolrun.engine.scheduler import Chunk, Scheduler, step_arrays
@@ -131,7 +131,7 @@ class Engine:
             QueueFullError: too many requests, or prompt tokens, wait already.
             ClosedError: the model is closed, or draining.
         """
-        tokens = self._checked(prompt)
+        tokens = self.checked(prompt)
         if len(tokens) >= self.context_size:
             raise ContextLengthError(len(tokens), self.context_size)
         return self._queued(
@@ -143,12 +143,36 @@ class Engine:
 
         The one event is float32 (hidden_size,), of length 1. Errors are as of `submit`.
         """
-        ids = self._checked(tokens)
+        ids = self.checked(tokens)
         if len(ids) > self.context_size:
             raise ContextLengthError(len(ids), self.context_size)
         return self._queued(Reading(ids, MeanHidden(self.hidden_size), terms))
 
-    def _checked(self, prompt: Items[int]) -> list[int]:
+    def score(
+        self,
+        tokens: Items[int],
+        first: int,
+        terms: Terms = DEFAULT_TERMS,
+        *,
+        top_logprobs: int | None = None,
+    ) -> Request:
+        """Start a request for how likely tokens[first:] are, each after those before it.
+
+        Args:
+            tokens: at least two.
+            first: the first that counts, at least 1.
+            terms: whose it is, and how long it may take.
+            top_logprobs: tell the tokens, with so many likeliest ones in the place of each.
+
+        The one event is a `TokenLikelihoods`. Errors are as of `submit`.
+        """
+        ids = self.checked(tokens)
+        if len(ids) - 1 > self.context_size:  # the last predicts nothing
+            raise ContextLengthError(len(ids) - 1, self.context_size)
+        return self._queued(Scoring(ids, first, Likelihood(ids[first:], top_logprobs), terms))
+
+    def checked(self, prompt: Items[int]) -> list[int]:
+        """Token ids, of which there is at least one. RequestError where they are something else."""
         tokens = list(prompt)
         if not tokens:
             raise RequestError("prompt: expected at least one token, it is empty")
@@ -290,7 +314,7 @@ class Engine:
             self._fail(scheduler.first(), error)
         chunks = scheduler.plan()
         if chunks:
-            # Readers want no logits, which would cost them more than all else.
+            # Of readers hidden states are wanted: logits would cost more than all else.
             readers = [chunk for chunk in chunks if isinstance(chunk.sequence, Reading)]
             writers = [chunk for chunk in chunks if not isinstance(chunk.sequence, Reading)]
             for group in (writers, readers):
@@ -310,25 +334,20 @@ class Engine:
 
     def _step(self, chunks: list[Chunk]) -> None:
         """Compute chunks and hand out what comes of them."""
-        reading = isinstance(chunks[0].sequence, Reading)
+        hidden = isinstance(chunks[0].sequence, Reading)
         try:
             for chunk in chunks:
                 assert chunk.sequence.table is not None
                 self.pool.grow(chunk.sequence.table, chunk.start + chunk.count)
             step = step_arrays(chunks)
-            rows = np.arange(len(step.tokens), dtype=np.int32) if reading else step.logit_rows
-            found = (
-                np.empty((len(rows), self.hidden_size), np.float32)
-                if reading
-                else self._logits[: len(rows)]
-            )
+            found = self._rows(len(step.logit_rows), hidden)
             self.runner.step(
                 step.tokens,
                 step.positions,
                 step.sequences,
                 step.block_tables,
-                rows,
-                *((None, found) if reading else (found,)),
+                step.logit_rows,
+                *((None, found) if hidden else (found,)),
             )
         except Exception as error:
             # Each alone computes the same bits: only who fails alone is at fault.
@@ -344,16 +363,23 @@ class Engine:
             self.on_step(len(step.tokens))
         first = 0
         for chunk in chunks:
-            count = chunk.count if reading else int(chunk.wants_logits)
-            own = found[first : first + count]  # a view of this chunk's rows
-            first += count
+            own = found[first : first + len(chunk.rows)]  # a view of this chunk's rows
+            first += len(own)
             try:
-                if isinstance(chunk.sequence, Reading):
+                if isinstance(chunk.sequence, Given):
                     self._take(chunk, chunk.sequence, own)
                 else:
-                    self._advance(chunk, own[0] if count else None)
+                    self._advance(chunk, own[0] if len(own) else None)
             except Exception as error:
                 self._fail(chunk.sequence, error)
+
+    def _rows(self, count: int, hidden: bool) -> npt.NDArray[np.float32]:
+        """Room for rows of hidden states, or of logits."""
+        if hidden:
+            return np.empty((count, self.hidden_size), np.float32)
+        if count > len(self._logits):  # texts are scored
+            return np.empty((count, self.vocab_size), np.float32)
+        return self._logits[:count]
 
     def _advance(self, chunk: Chunk, logits: npt.NDArray[np.float32] | None) -> None:
         """Take note of a computed chunk; logits are those of the sequence's last token."""
@@ -377,12 +403,15 @@ class Engine:
         if reason is not None:
             self._finish(sequence, reason)
 
-    def _take(self, chunk: Chunk, reading: Reading, hidden: npt.NDArray[np.float32]) -> None:
-        """Take note of a computed chunk of a sequence that is read."""
-        reading.take(hidden)
-        reading.computed = chunk.start + chunk.count
-        if reading.computed == reading.prompt_tokens:
-            self._finish(reading, "stop")
+    def _take(self, chunk: Chunk, sequence: Given, rows: npt.NDArray[np.float32]) -> None:
+        """Take note of a computed chunk of tokens that were given, with what was wanted of it."""
+        sequence.take(rows)
+        sequence.computed = chunk.start + chunk.count
+        if isinstance(sequence, Scoring) and len(rows):
+            assert sequence.table is not None
+            self.pool.commit(sequence.table, sequence.tokens, sequence.computed)
+        if sequence.computed == sequence.prompt_tokens:
+            self._finish(sequence, "stop")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._leave(sequence)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from smolrun.engine.sampling import SampledToken, with_logprobs
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS = 512
 # Rows of logits in memory at a time: 64 MB with a vocabulary of 128k.
-_ROWS = 128
+MOST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def predictions(
     if place:
         forward.forward(tokens[:place])
     while place < len(tokens) - 1:
-        piece = tokens[place : min(place + _ROWS, len(tokens) - 1)]
+        piece = tokens[place : min(place + MOST_ROWS, len(tokens) - 1)]
         yield place + 1, forward.forward(piece, place, all_positions=True)[0]
         place += len(piece)
 
@@ -121,26 +120,6 @@ def window_tokens(
     return piece
 
 
-def perplexity(
-    forward: Forward,
-    tokens: npt.NDArray[np.int32],
-    windows: Sequence[Window],
-    bos: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
-    """Perplexity over the tokens of `windows` that count."""
-    found: list[npt.NDArray[np.float64]] = []
-    forward.checked_ids(tokens)
-    for done, window in enumerate(windows):
-        if progress is not None:
-            progress(done, len(windows))
-        piece = window_tokens(tokens, window, bos)
-        for place, logits in predictions(forward, piece, window.first - window.start):
-            found.append(log_probabilities(logits, piece[place : place + len(logits)]))
-    forward.clear()
-    return perplexity_of(np.concatenate(found), len(windows))
-
-
 def perplexity_of(logprobs: npt.NDArray[np.float64], windows: int) -> Perplexity:
     """Perplexity from log-probabilities; its error is the mean's, carried through exp."""
     count = len(logprobs)
@@ -149,54 +128,13 @@ def perplexity_of(logprobs: npt.NDArray[np.float64], windows: int) -> Perplexity
     return Perplexity(value, float(error), count, windows)
 
 
-def score_choices(
-    forward: Forward,
-    sequences: Sequence[tuple[npt.NDArray[np.int32], int]],
-) -> list[ChoiceScore]:
-    """Log-probabilities of continuations; what all share is computed once.
-
-    Args:
-        sequences: for each choice its tokens with the prompt's, and how many are the prompt's.
-    """
-    for tokens, _ in sequences:  # the last of each predicts nothing, so nobody else looks at it
-        forward.checked_ids(tokens)
-    shared = _common_prefix([tokens for tokens, _ in sequences])
-    # The last of the prompt predicts the first of a choice, so it stays outside.
-    shared = min(shared, *(prompt - 1 for _, prompt in sequences))
-    if shared:
-        forward.forward(sequences[0][0][:shared])
-    scores = []
-    for tokens, prompt in sequences:
-        logits = forward.forward(tokens[shared:-1], shared, all_positions=True)[0]
-        logits = logits[prompt - 1 - shared :]
-        choice = tokens[prompt:]
-        logprobs = log_probabilities(logits, choice)
-        scores.append(
-            ChoiceScore(
-                math.fsum(logprobs),
-                tuple(map(float, logprobs)),
-                bool((logits.argmax(axis=1) == choice).all()),
-            )
-        )
-    forward.clear()
-    return scores
+def choice_score(logprobs: npt.NDArray[np.float64], greedy: bool) -> ChoiceScore:
+    """From the log-probabilities of a choice's tokens."""
+    return ChoiceScore(math.fsum(logprobs), tuple(map(float, logprobs)), greedy)
 
 
-def prompt_logprobs(
-    forward: Forward, tokens: npt.NDArray[np.int32], count: int
-) -> list[SampledToken]:
-    """What the model makes of each token but the first, and the `count` likeliest in its place."""
-    forward.checked_ids(tokens)
-    found: list[SampledToken] = []
-    for place, logits in predictions(forward, tokens, 1):
-        expected = tokens[place : place + len(logits)].tolist()
-        found += [with_logprobs(*pair, count) for pair in zip(expected, logits, strict=True)]
-    forward.clear()
-    return found
-
-
-def _common_prefix(sequences: Sequence[npt.NDArray[np.int32]]) -> int:
-    shortest = min(map(len, sequences))
-    first = sequences[0][:shortest]
-    same = np.logical_and.reduce([first == tokens[:shortest] for tokens in sequences])
-    return shortest if same.all() else int(same.argmin())
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Tokens that all begin with; there is at least one sequence."""
+    first, last = min(sequences), max(sequences)  # all others lie between them
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from smolrun.engine.kv import BlockPool, BlockTable
+from smolrun.engine.likelihood import MOST_ROWS
+from smolrun.engine.reading import Scoring
 from smolrun.engine.runner import Int32Array
 from smolrun.engine.sequence import Sequence
 
@@ -25,9 +27,9 @@ class Chunk:
     count: int
 
     @property
-    def wants_logits(self) -> bool:
-        """Whether the sequence's last token is among them."""
-        return self.start + self.count == len(self.sequence.tokens)
+    def rows(self) -> range:
+        """Which of them, counted from the first, are those whose logits are wanted."""
+        return range(max(self.sequence.first_row - self.start, 0), self.count)
 
 
 class Scheduler:
@@ -93,7 +95,9 @@ class Scheduler:
         """Let in waiting sequences, by turns, while there are places and blocks."""
         while self._waiting and len(self.running) < self._max_sequences:
             sequence = self.first()
-            table = self._pool.admit(sequence.tokens, sequence.kv_tokens, sequence.salt)
+            # A token whose logits are wanted has to be computed, whatever the cache knows.
+            known = sequence.tokens[: sequence.first_row + 1]
+            table = self._pool.admit(known, sequence.kv_tokens, sequence.salt)
             if table is None:
                 return
             self.remove(sequence)
@@ -110,12 +114,18 @@ class Scheduler:
             self._served[chunk.sequence.key] += 2
         if chunks:
             room = min(room, self._shared_chunk + 2 * len(chunks))
+        rows = MOST_ROWS
         prompts = [each for each in self.running if not each.generating]
         while prompts and room > 0:
             sequence = min(prompts, key=lambda each: self._served[each.key])
             prompts.remove(sequence)
             count = min(sequence.remaining, room)
-            chunks.append(Chunk(sequence, sequence.computed, count))
+            if isinstance(sequence, Scoring):
+                before = max(sequence.first_row - sequence.computed, 0)
+                count = min(count, before + rows)
+                rows -= max(count - before, 0)
+            if count:
+                chunks.append(Chunk(sequence, sequence.computed, count))
             self._served[sequence.key] += count
             room -= count
         return chunks
@@ -141,7 +151,7 @@ class Step:
     positions: Int32Array  # (n,)
     sequences: Int32Array  # (n,)
     block_tables: Int32Array  # (s, longest table)
-    logit_rows: Int32Array  # (r,)
+    logit_rows: Int32Array  # (r,) of every chunk one after the other
 
 
 def step_arrays(chunks: list[Chunk]) -> Step:
@@ -156,8 +166,7 @@ def step_arrays(chunks: list[Chunk]) -> Step:
         tokens += chunk.sequence.tokens[chunk.start : stop]
         positions += range(chunk.start, stop)
         sequences += [number] * chunk.count
-        if chunk.wants_logits:
-            logit_rows.append(len(tokens) - 1)
+        logit_rows += [len(tokens) - chunk.count + row for row in chunk.rows]
         assert chunk.sequence.table is not None
         tables.append(chunk.sequence.table)
     return Step(

@@ -104,6 +104,7 @@ class Sequence:
     ) -> None:
         self.tokens = list(prompt)  # the prompt, then what was sampled
         self.prompt_tokens = len(prompt)
+        self.first_row = len(prompt) - 1  # from this token on the logits of each are wanted
         room = context_size - len(prompt)
         wanted = room if parameters.max_tokens is None else parameters.max_tokens
         self.limit = len(prompt) + min(wanted, room)  # length at which it ends

@@ -11,8 +11,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smolrun.api import EndEvent, Event, ProgressEvent, Result, TextEvent, TokenLogprob
+from smolrun.api import EndEvent, Event, ProgressEvent, Result, Terms, TextEvent, TokenLogprob
 from smolrun.api.asynchronous import AsyncModel
+from smolrun.engine.places import Places
 from smolrun.server import replies
 from smolrun.server.endpoint import EventStream, client_of, json_reply, prompts_of, read_body
 from smolrun.server.errors import invalid
@@ -57,8 +58,11 @@ async def completions(request: Request, service: Service) -> Response:
         echoes = [Echo()] * len(prompts)
         if body.echo:
             top = body.logprobs
+            # The answers have places in the queue; what is read for them needs no other.
+            read = [service.reading_terms(client_of(request), Places().take()[0]) for _ in prompts]
             echoes = [
-                await while_connected(request, _echo(model, prompt, top)) for prompt in prompts
+                await while_connected(request, _echo(model, prompt, top, one))
+                for prompt, one in zip(prompts, read, strict=True)
             ]
         await while_connected(request, work.start())
     except BaseException:
@@ -71,11 +75,11 @@ async def completions(request: Request, service: Service) -> Response:
     return json_reply(reply.whole(finished))
 
 
-async def _echo(model: AsyncModel, prompt: str | list[int], top: int | None) -> Echo:
+async def _echo(model: AsyncModel, prompt: str | list[int], top: int | None, terms: Terms) -> Echo:
     if top is None:
         text = prompt if isinstance(prompt, str) else await model.detokenize(prompt)
         return Echo(text)
-    first, *others = await model.prompt_logprobs(prompt, top_logprobs=top)
+    first, *others = await model.prompt_logprobs(prompt, top_logprobs=top, terms=terms)
     tokens = (first, *others)
     text = b"".join(token.bytes for token in tokens).decode("utf-8", "replace")
     return Echo(prompt if isinstance(prompt, str) else text, tokens)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import smolrun
 from smolrun.api import Model, Terms
 from smolrun.api.asynchronous import AsyncModel, AsyncStream
-from smolrun.engine.places import Places
+from smolrun.engine.places import Place, Places
 from smolrun.server.errors import ApiError, invalid, unavailable
 from smolrun.server.limits import Limits
 from smolrun.server.metrics import Metrics
@@ -124,6 +124,11 @@ class Service:
             Terms(client, salt, self.limits.queue_seconds, self.limits.total_seconds, place)
             for place in model.reserve(count)
         ]
+
+    def reading_terms(self, client: str, place: Place | None = None) -> Terms:
+        """Terms for texts of a client that are only read; see `terms`."""
+        limits = self.limits
+        return Terms(client, client.encode(), limits.queue_seconds, limits.total_seconds, place)
 
     def work(self, streams: Sequence[AsyncStream], terms: Sequence[Terms], choices: int) -> Work:
         """Streams that are not started, `choices` of each prompt, as one piece of work."""

@@ -8,7 +8,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from smolrun.api import Terms
 from smolrun.server import replies
 from smolrun.server.endpoint import client_of, json_reply, prompts_of, read_body
 from smolrun.server.errors import invalid
@@ -92,9 +91,7 @@ async def embeddings(request: Request, service: Service) -> Response:
         return [tokenize(text) if isinstance(text, str) else text for text in inputs]
 
     ids = await service.aside(encoded)
-    client = client_of(request)
-    limits = service.limits
-    terms = Terms(client, client.encode(), limits.queue_seconds, limits.total_seconds)
+    terms = service.reading_terms(client_of(request))
     data = []
     # A few at a time: each has a place in the queue.
     for start in range(0, len(ids), service.settings.parallel):
@@ -121,7 +118,9 @@ async def score(request: Request, service: Service) -> Response:
     _, body = await read_body(request, service, ScoreRequest)
     model = service.model(body.model)
     with service.side_places.take()[0]:
-        scores = await while_connected(request, model.score(body.prompt, body.choices))
+        terms = service.reading_terms(client_of(request))
+        scoring = model.score(body.prompt, body.choices, terms=terms)
+        scores = await while_connected(request, scoring)
     data = [
         {
             "object": "score",
