@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "products.h"
 
@@ -81,18 +82,20 @@ Tiling tile_heads(const NormQkv& op, const LinkedMatrix& matrix, const StepConte
 void run(const NormQkv& op, const StepContext& step, Worker& worker) {
     const Tiling q_tiling = tile_heads(op, op.q, step, worker);
     const Tiling kv_tiling = tile_heads(op, op.k, step, worker);
-    // K and V first: their chunks are the longer ones.
-    const auto weights_of = [&](int64_t chunk) {
-        return chunk < kv_tiling.chunks
-                   ? WeightsAhead(op.k.weights, kv_tiling.part(chunk).row_begin)
-                   : WeightsAhead(op.q.weights, q_tiling.part(chunk - kv_tiling.chunks).row_begin);
+    const int64_t chunks = kv_tiling.chunks + q_tiling.chunks;
+    // Those of K and V are longer: so they are spread evenly among those of q.
+    const auto place = [&](int64_t chunk) {
+        const int64_t kv = chunk * kv_tiling.chunks / chunks;
+        const bool is_kv = (chunk + 1) * kv_tiling.chunks / chunks > kv;
+        return std::pair(is_kv, is_kv ? kv_tiling.part(kv) : q_tiling.part(chunk - kv));
     };
-    product_phase(op.input, step, worker, step.arrays.tokens, q_tiling.panel,
-                  kv_tiling.chunks + q_tiling.chunks, kSameToken, weights_of,
-                  [&](int64_t chunk, auto&& inputs) {
-                      const bool is_kv = chunk < kv_tiling.chunks;
-                      const Tiling::Part part =
-                          is_kv ? kv_tiling.part(chunk) : q_tiling.part(chunk - kv_tiling.chunks);
+    const auto weights_of = [&](int64_t chunk) {
+        const auto [is_kv, part] = place(chunk);
+        return WeightsAhead((is_kv ? op.k : op.q).weights, part.row_begin);
+    };
+    product_phase(op.input, step, worker, step.arrays.tokens, q_tiling.panel, chunks, kSameToken,
+                  weights_of, [&](int64_t chunk, auto&& inputs) {
+                      const auto [is_kv, part] = place(chunk);
                       (is_kv ? multiply_kv : multiply_q)(op, step, own(step, worker),
                                                          inputs(part.token_begin), part);
                   });

@@ -186,8 +186,7 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
         work(chunk, [&](int64_t token) { return view(input, scratch, values, panel, token); });
     };
     if (alone) {
-        // Whoever opens the phase is the first to take a chunk, and waits for nothing.
-        WeightsAhead ahead = weights_of(std::min<int64_t>(chunks - 1, std::max(worker.index(), 1)));
+        WeightsAhead ahead = weights_of(std::min(chunks - 1, worker.first_chunk(chunks)));
         worker.phase(
             chunks, [&] { return ahead.ask(kAskedTogether); },
             [&](int64_t chunk) {

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <limits>
 #include <stdexcept>
@@ -15,7 +16,7 @@ namespace {
 
 constexpr uint32_t kOpen = uint32_t{1} << 31;
 constexpr uint32_t kFailed = std::numeric_limits<uint32_t>::max();
-constexpr int64_t kNoMoreTickets = std::numeric_limits<int64_t>::max() / 2;
+constexpr uint64_t kNoneLeft = std::numeric_limits<uint64_t>::max();
 
 // Some 20 to 50 microseconds: longer than a phase usually keeps anyone waiting, shorter than what
 // anybody would miss. With more threads than cores, spinning only takes time from the others.
@@ -79,7 +80,8 @@ int spins_for(int threads) {
 Team::Team(int threads)
     : threads_(threads < 1 ? 1 : threads),
       forks_((count_forks(), fork_count.load(std::memory_order_relaxed))),
-      spins_(spins_for(threads_)) {
+      spins_(spins_for(threads_)),
+      shares_(static_cast<size_t>(threads_)) {
     const SignalsBlocked blocked;
     try {
         workers_.reserve(static_cast<size_t>(threads_ - 1));
@@ -137,7 +139,7 @@ void Team::run_step(Entry entry, void* context) {
     entry_ = entry;
     context_ = context;
     error_ = nullptr;
-    ticket_.store(0, std::memory_order_relaxed);
+    for (Share& share : shares_) share.taken.store(0, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     completed_.store(0, std::memory_order_relaxed);
     if (threads_ > 1) {
@@ -174,7 +176,7 @@ void Team::fail(std::exception_ptr error) noexcept {
         const std::lock_guard<std::mutex> lock(error_mutex_);
         if (!error_) error_ = std::move(error);
     }
-    ticket_.store(kNoMoreTickets, std::memory_order_relaxed);
+    for (Share& share : shares_) share.taken.store(kNoneLeft, std::memory_order_relaxed);
     // An exchange, not a store: a store may still be on its way when notify_all() looks for
     // sleepers, and a thread that falls asleep in between would never be woken.
     completed_.exchange(kFailed, std::memory_order_acq_rel);
@@ -188,6 +190,26 @@ void Team::await_phase(uint32_t phase) const {
         completed = completed_.load(std::memory_order_acquire);
     }
     if (completed == kFailed) throw StepFailed();
+}
+
+int64_t Team::take(uint32_t phase, int64_t chunks, int index) {
+    const uint64_t none = (uint64_t{phase} + 1) << 32;
+    for (int i = 0; i < threads_; ++i) {
+        const int of = index + i < threads_ ? index + i : index + i - threads_;
+        const int64_t begin = share_begin(chunks, of);
+        const int64_t left = share_begin(chunks, of + 1) - begin;
+        std::atomic<uint64_t>& share = shares_[static_cast<size_t>(of)].taken;
+        uint64_t seen = share.load(std::memory_order_relaxed);
+        while (true) {
+            // Of a later phase more than `left`.
+            const uint64_t taken = std::max(seen, none) - none;
+            if (taken >= static_cast<uint64_t>(left)) break;
+            if (share.compare_exchange_weak(seen, none + taken + 1, std::memory_order_relaxed)) {
+                return begin + static_cast<int64_t>(taken);
+            }
+        }
+    }
+    return -1;
 }
 
 void Team::finish(uint32_t phase, int64_t chunks, int64_t phase_end) {

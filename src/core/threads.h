@@ -2,9 +2,10 @@
 //
 // Workers enter once per step and stay until its end. A step is a row of *phases*; each phase is a
 // number of chunks that may run in any order, and a phase starts when the one before it is done.
-// Chunks are handed out by one ticket counter that runs through the whole step, so that a phase is
-// finished by whoever is running: a worker whose core was taken away delays only the chunk it
-// holds, never a barrier it has not reached. A worker that waits for a phase to start holds none.
+// Every thread has a share of successive chunks, as neighbours in memory are best read by one core.
+// Who is done with it takes of the shares of others, so that a phase is finished by whoever is
+// running: a worker whose core was taken away delays only the chunk it holds, never a barrier it
+// has not reached. A worker that waits for a phase to start holds none.
 //
 // Every thread must walk through the same phases with the same chunk counts.
 #pragma once
@@ -58,17 +59,10 @@ class Team {
     }
     void await_phase(uint32_t phase) const;
 
-    // Tickets below `end`: whether there is one, and the next, or -1.
-    bool chunks_left(int64_t end) const { return ticket_.load(std::memory_order_relaxed) < end; }
-    int64_t take(int64_t end) {
-        int64_t next = ticket_.load(std::memory_order_relaxed);
-        while (next < end) {
-            if (ticket_.compare_exchange_weak(next, next + 1, std::memory_order_relaxed)) {
-                return next;
-            }
-        }
-        return -1;
-    }
+    // The first chunk of a thread's share.
+    int64_t share_begin(int64_t chunks, int index) const { return chunks * index / threads_; }
+    // A chunk of a phase that is open, of the thread's own share where there is one left; or -1.
+    int64_t take(uint32_t phase, int64_t chunks, int index);
 
     void finish(uint32_t phase, int64_t chunks, int64_t phase_end);
 
@@ -76,6 +70,12 @@ class Team {
     const unsigned forks_;  // how often this process had been forked from another at the start
     const int spins_;       // checks of a changed value before sleeping
     std::vector<std::thread> workers_;
+
+    // How many chunks of a thread's share are taken, below the number of the phase plus 1.
+    struct alignas(128) Share {
+        std::atomic<uint64_t> taken{0};
+    };
+    std::vector<Share> shares_;  // [threads]
 
     // The step in progress. Written by the caller of run() while the gate is shut.
     Entry entry_ = nullptr;
@@ -86,7 +86,6 @@ class Team {
     // Each on its own cache lines: they are written by different threads at different times.
     alignas(128) std::atomic<uint32_t> epoch_{0};      // bell: changes when a step starts
     alignas(128) std::atomic<uint32_t> gate_{0};       // open bit, and how many workers are inside
-    alignas(128) std::atomic<int64_t> ticket_{0};      // next chunk of the step
     alignas(128) std::atomic<int64_t> done_{0};        // chunks of the step that are finished
     alignas(128) std::atomic<uint32_t> completed_{0};  // phases of the step that are finished
     std::atomic<bool> stopping_{false};
@@ -112,30 +111,32 @@ class Worker {
     template <class Meanwhile, class Prepare, class Work>
     void phase(int64_t chunks, Meanwhile&& meanwhile, Prepare&& prepare, Work&& work) {
         if (chunks <= 0) return;
-        const int64_t end = begin_ + chunks;
-        int64_t finished = 0;
-        if (team_.chunks_left(end)) {
-            while (!team_.is_open(phase_) && meanwhile()) {
-            }
-            team_.await_phase(phase_);
-            for (int64_t ticket = team_.take(end); ticket >= 0; ticket = team_.take(end)) {
-                if (finished == 0) prepare(ticket - begin_);
-                work(ticket - begin_);
-                ++finished;
-            }
+        while (!team_.is_open(phase_) && meanwhile()) {
         }
-        if (finished > 0) team_.finish(phase_, finished, end);
+        team_.await_phase(phase_);
+        int64_t finished = 0;
+        for (int64_t chunk = take(chunks); chunk >= 0; chunk = take(chunks)) {
+            if (finished == 0) prepare(chunk);
+            work(chunk);
+            ++finished;
+        }
+        end_ += chunks;
+        if (finished > 0) team_.finish(phase_, finished, end_);
         chunks_done_ += finished;
-        begin_ = end;
         ++phase_;
     }
+
+    // The first chunk that this thread will take of a phase, unless another is ahead of it.
+    int64_t first_chunk(int64_t chunks) const { return team_.share_begin(chunks, index_); }
 
   private:
     friend class Team;
 
+    int64_t take(int64_t chunks) const { return team_.take(phase_, chunks, index_); }
+
     Team& team_;
     const int index_;
-    int64_t begin_ = 0;  // ticket of the phase's first chunk
+    int64_t end_ = 0;  // chunks of the phases so far
     uint32_t phase_ = 0;
     int64_t chunks_done_ = 0;
 };

@@ -23,7 +23,7 @@ bool phases_are_ordered(smolrun::Team& team, int steps) {
         team.run([&](smolrun::Worker& worker) {
             for (int phase = 0; phase < kPhases; ++phase) {
                 const int64_t chunks = 1 + phase % 13;
-                int calls = 0, prepared = 0;
+                int calls = 0, prepared = 0, mine = 0;
                 int64_t first = -1;
                 worker.phase(
                     chunks,
@@ -36,7 +36,7 @@ bool phases_are_ordered(smolrun::Team& team, int steps) {
                         first = chunk;
                     },
                     [&](int64_t chunk) {
-                        if (prepared != 1 || chunk < first) ++wrong;
+                        if (prepared != 1 || (mine++ == 0 && chunk != first)) ++wrong;
                         for (const int64_t value : values) {
                             if (value != step * kPhases + phase) ++wrong;
                         }
@@ -75,6 +75,36 @@ bool exceptions_come_out(smolrun::Team& team) {
     return caught == 40;
 }
 
+// A thread takes the chunks of its share in order, and only then those of others.
+bool shares_come_first(smolrun::Team& team, int steps) {
+    constexpr int64_t kChunks = 37;
+    bool right = true;
+    for (int step = 0; step < steps; ++step) {
+        std::vector<std::vector<int64_t>> taken(static_cast<size_t>(team.threads()));
+        team.run([&](smolrun::Worker& worker) {
+            worker.phase(kChunks, [&](int64_t chunk) {
+                taken[static_cast<size_t>(worker.index())].push_back(chunk);
+            });
+        });
+        int64_t all = 0;
+        for (int64_t thread = 0; thread < team.threads(); ++thread) {
+            const int64_t begin = kChunks * thread / team.threads();
+            const int64_t end = kChunks * (thread + 1) / team.threads();
+            int64_t last = begin - 1;
+            bool others = false;
+            for (const int64_t chunk : taken[static_cast<size_t>(thread)]) {
+                const bool own = begin <= chunk && chunk < end;
+                if (own && (others || chunk <= last)) right = false;
+                if (own) last = chunk;
+                others = others || !own;
+                ++all;
+            }
+        }
+        right = right && all == kChunks;
+    }
+    return right;
+}
+
 // Whoever ends a phase can go on with the next one by itself. A thread that took a chunk of it
 // beforehand would hold the others up until the system lets it run again.
 bool waiting_threads_hold_nothing(smolrun::Team& team) {
@@ -101,7 +131,7 @@ int main(int argc, char** argv) {
     for (const int threads : {1, 2, 3, 8}) {
         smolrun::Team team(threads);
         if (!phases_are_ordered(team, steps) || !exceptions_come_out(team) ||
-            !phases_are_ordered(team, steps)) {
+            !phases_are_ordered(team, steps) || !shares_come_first(team, 100)) {
             std::printf("%d threads: wrong\n", threads);
             return 1;
         }
