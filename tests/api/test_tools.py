@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from smolrun import EndEvent, Model, RequestError, Result, TextEvent, ToolCallEvent
+from smolrun.engine.sampling import SampledToken, Sampler
 from smolrun.text.messages import THINK_OPEN
 from tests.api.tiny import make_folder
 
@@ -36,6 +37,9 @@ TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool }}
 {% endfor %}<|im_end|>
+{% endif -%}
+{%- if python_tools %}<|im_start|>system
+{{ python_tools | join("\n") }}<|im_end|>
 {% endif -%}
 {%- for message in messages -%}
 <|im_start|>{{ message.role if message.role != "tool" else "user" }}
@@ -212,3 +216,44 @@ def test_with_the_template_of_smollm3(trained: Model) -> None:
         check(result)
         assert result.finish_reason == "tool_calls"
         assert result.tool_calls[0].name == "get_weather"
+
+
+PYTHON = {"python_tools": ["def get_weather(city: str, days: int = 1) -> str: ..."]}
+WRITTEN = "Let me see.\n<code>\nprint(get_weather('Oslo', days=2))\n</code>"
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, model: Model, text: str) -> None:
+    """From now on the model answers everything with a text."""
+    script = [*model.tokenize(text), model.tokenize("<|im_end|>")[0]]
+
+    def sample(self: Sampler, logits: Any, position: int) -> SampledToken:
+        if not hasattr(self, "script"):
+            self.__dict__["script"] = iter(script)
+        return SampledToken(next(self.__dict__["script"]))
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_calls_written_as_python(
+    caller: Model, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    scripted(monkeypatch, caller, WRITTEN)
+    asked: dict[str, Any] = {"tools": None, "think": False, "template_arguments": PYTHON}
+    result = ask(caller, streamed, **asked)
+    assert (result.text, result.finish_reason) == ("Let me see.", "tool_calls")
+    (call,) = result.tool_calls
+    assert (call.name, call.arguments) == ("get_weather", {"city": "Oslo", "days": 2})
+    for changes in ({"tool_choice": "none"}, {"template_arguments": None}):
+        assert ask(caller, streamed, **{**asked, **changes}).text == WRITTEN
+    with pytest.raises(RequestError, match=r"^parallel_tool_calls: "):
+        ask(caller, streamed, **asked, parallel_tool_calls=False)
+    # The model sees its call as it wrote it.
+    past: list[dict[str, Any]] = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {
+            "name": call.name, "arguments": call.arguments_json}}]},
+        {"role": "tool", "content": "Rain."},
+    ]  # fmt: skip
+    text = caller.template.render(past, template_arguments=PYTHON)
+    assert "<code>\nget_weather(city='Oslo', days=2)\n</code>" in text

@@ -13,7 +13,16 @@ import pytest
 
 from smolrun import Model
 from smolrun.server.service import Settings
-from tests.api.test_tools import PARAMETERS, QUESTION, SCHEMA, TEMPLATE, TOOLS
+from tests.api.test_tools import (
+    PARAMETERS,
+    PYTHON,
+    QUESTION,
+    SCHEMA,
+    TEMPLATE,
+    TOOLS,
+    WRITTEN,
+    scripted,
+)
 from tests.api.tiny import make_folder
 
 from .running import CHAT, Running, chunks_of
@@ -140,3 +149,18 @@ def test_a_whole_conversation(caller: Running) -> None:
         assert "It is 3 degrees" in prompt
         assert message.tool_calls[0].to_dict()["function"]["name"] in prompt  # type: ignore[index]
         assert "<tool_call>" in prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_written_as_python(
+    caller: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    with monkeypatch.context() as patched:
+        scripted(patched, caller.model, WRITTEN)
+        body = {**BODY, "chat_template_kwargs": PYTHON}
+        choice = ask(caller, body, stream)
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Let me see."
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Oslo", "days": 2}

@@ -16,8 +16,10 @@ from smolrun.text.thinking import thinking_of
 if TYPE_CHECKING:
     import datetime
 
+    from smolrun.engine.answer import CallParser
     from smolrun.engine.load import LoadedModel
     from smolrun.text.chat import ChatTemplate
+    from smolrun.text.code_calls import Signatures
     from smolrun.text.grammar import GrammarCompiler, Matcher
     from smolrun.text.structure import Structure
     from smolrun.text.thinking import ReasoningEffort
@@ -133,6 +135,7 @@ def prepare_chat(
     """A request that answers a conversation; arguments and errors as of `Model.chat`."""
     given = dict(arguments)
     structure = _structure(given)
+    signatures = _code_signatures(given)
     tools, plan = _tools(given)
     thinking = thinking_of(
         given.pop("think", None),
@@ -150,7 +153,8 @@ def prepare_chat(
     )
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
     tokenizer = tokenizer_of(loaded)
-    matcher = calls = None
+    matcher = None
+    calls: CallParser | None = None
     if plan is not None:
         from smolrun.text.tool_calls import ToolCallParser, tool_matcher
 
@@ -159,6 +163,10 @@ def prepare_chat(
         matcher = tool_matcher(grammars, tokenizer, plan, template.tool_call_style, structure)
     elif structure is not None:
         matcher = _matcher(loaded, structure, parameters)
+    elif signatures:
+        from smolrun.text.code_calls import CodeCallParser
+
+        calls = CodeCallParser(tokenizer, signatures)
     limiter = None
     thinks = template.supports_thinking and thinking.enabled is not False
     if thinking.limited or (matcher is not None and thinks):
@@ -193,6 +201,19 @@ def _tools(given: dict[str, Any]) -> tuple[list[Any] | None, ToolPlan | None]:
 
     tools = as_tools(tools)
     return tools, tool_plan(tools, choice, parallel)
+
+
+def _code_signatures(given: Mapping[str, Any]) -> Signatures | None:
+    """What the template's `python_tools` define; None where no calls of them are to be read."""
+    arguments = given.get("template_arguments")
+    tools = arguments.get("python_tools") if isinstance(arguments, Mapping) else None
+    if not isinstance(tools, list) or not tools or given.get("tool_choice") == "none":
+        return None
+    if given.get("parallel_tool_calls") is False and not given.get("tools"):
+        raise RequestError("parallel_tool_calls: Python may make several calls; leave it out")
+    from smolrun.text.code_calls import signatures_of
+
+    return signatures_of(tools)
 
 
 def _matcher(loaded: LoadedModel, structure: Structure, parameters: SamplingParameters) -> Matcher:

@@ -15,9 +15,12 @@ from smolrun.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from smolrun.engine.guide import Guide
+    from smolrun.text.code_calls import CodeCallParser
     from smolrun.text.tokenizer import Tokenizer
     from smolrun.text.tool_calls import CallDelta, ToolCallParser
     from smolrun.text.tools import ToolCall
+
+    CallParser = ToolCallParser | CodeCallParser
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Answer:
         *,
         chat: bool,
         guide: Guide | None = None,
-        calls: ToolCallParser | None = None,
+        calls: CallParser | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._guide = guide

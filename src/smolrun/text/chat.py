@@ -227,9 +227,10 @@ class ChatTemplate:
             )
         if thinking and not self.supports_thinking:
             raise TemplateError(f"{self.origin}: this model's chat template has no thinking mode")
+        as_code = variables.get("python_tools") and not (tools or variables.get("xml_tools"))
         style = MessageStyle(
             reads_tool_calls="tool_calls" in self.source,
-            tool_calls=self.tool_call_style,
+            tool_calls="code" if as_code else self.tool_call_style,
             thinks=self.supports_thinking,
         )
         made = normalize_messages(messages, style, keep_reasoning=keep_reasoning)

@@ -217,7 +217,7 @@ class ToolCallParser:
             return before.rstrip(), self._read()
         keep = len(self._held.rstrip())
         if self._open_id is None:
-            keep = min(keep, _tag_begins(self._held))
+            keep = min(keep, begins_tag(self._held, TOOL_CALL_OPEN))
             keep = len(self._held[:keep].rstrip())
         passed, self._held = self._held[:keep], self._held[keep:]
         return passed, []
@@ -283,9 +283,9 @@ class ToolCallParser:
         return len(self._held)
 
 
-def _tag_begins(text: str) -> int:
-    """Where the end of `text` may begin the opening tag."""
-    for count in range(min(len(TOOL_CALL_OPEN) - 1, len(text)), 0, -1):
-        if text.endswith(TOOL_CALL_OPEN[:count]):
+def begins_tag(text: str, tag: str) -> int:
+    """Where the end of `text` may begin a tag."""
+    for count in range(min(len(tag) - 1, len(text)), 0, -1):
+        if text.endswith(tag[:count]):
             return len(text) - count
     return len(text)

@@ -1,20 +1,22 @@
 """Tool calls as the models of the family write them.
 
-SmolLM3 writes each call as one JSON object between `<tool_call>` and `</tool_call>`; SmolLM2 writes
-one JSON list of all calls between them.
+SmolLM3 writes each call as one JSON object between `<tool_call>` and `</tool_call>`, or as Python
+between `<code>` and `</code>`; SmolLM2 writes one JSON list of all calls.
 """
 
 from __future__ import annotations
 
 import json
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from smolrun.errors import RequestError
 
-ToolCallStyle = Literal["objects", "list"]
+ToolCallStyle = Literal["objects", "list", "code"]
 TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
+CODE_OPEN, CODE_CLOSE = "<code>", "</code>"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,22 @@ def read_tool_call(value: object, field: str) -> ToolCall:
 
 def write_tool_calls(calls: Sequence[ToolCall], style: ToolCallStyle) -> str:
     """The text by which the model itself would have made these calls."""
+    if style == "code":
+        lines = "".join(f"{_code(call)}\n" for call in calls)
+        return f"{CODE_OPEN}\n{lines}{CODE_CLOSE}"
     values = [{"name": call.name, "arguments": call.arguments} for call in calls]
     if style == "list":
         return f"{TOOL_CALL_OPEN}{_json(values)}{TOOL_CALL_CLOSE}"
     return "\n".join(f"{TOOL_CALL_OPEN}\n{_json(value)}\n{TOOL_CALL_CLOSE}" for value in values)
+
+
+def _code(call: ToolCall) -> str:
+    arguments = dict(call.arguments)
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in arguments):
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    else:
+        given = f"**{arguments!r}"
+    return f"{call.name}({given})"
 
 
 def _json(value: object) -> str:
