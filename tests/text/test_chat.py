@@ -441,3 +441,18 @@ def test_no_beginning_of_sequence_is_added_to_a_template() -> None:
     found = ChatTemplate("{{ messages[0].content }}", tokenizer, "test")
     for content in ("a", "<|im_end|>"):
         assert found.encode([user(content)])[0] != 1
+
+
+def test_tools_that_a_system_message_names(smollm2: ChatTemplate) -> None:
+    """SmolLM2's template has no place for tools: it was trained on a system message with them."""
+    system = {"role": "system", "content": "You may call <tools>[{'name': 'get_weather'}]</tools>."}
+    told = [system, user("Hi")]
+    assert smollm2.render(told, tools=[TOOL]) == smollm2.render(told)
+    refused: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
+        ([user("Hi")], [TOOL]),
+        ([user("get_weather")], [TOOL]),
+        (told, [TOOL, {"name": "clock"}]),
+    ]
+    for messages, tools in refused:
+        with pytest.raises(TemplateError, match="no place for tools; name each of them in a sys"):
+            smollm2.render(messages, tools=tools)

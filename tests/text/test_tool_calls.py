@@ -9,8 +9,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from smolrun.errors import RequestError
-from smolrun.text.grammar import GrammarCompiler
+from smolrun.errors import RequestError, SmolrunError
+from smolrun.text.grammar import GrammarCompiler, Matcher
 from smolrun.text.structure import structure_of
 from smolrun.text.tokenizer import IncrementalDecoder, Tokenizer
 from smolrun.text.tool_calls import CallDelta, ToolCallParser, ToolPlan, tool_matcher, tool_plan
@@ -103,6 +103,25 @@ def test_a_call_that_is_cut_off_is_no_call(tokenizer: Tokenizer) -> None:
 def test_text_without_calls_is_left_as_it_is(tokenizer: Tokenizer) -> None:
     for text in ("", "a", "a \n\n b\n", "<tool", "1 < 2 <tool_x>", " \n"):
         assert read(tokenizer, tokenizer.encode(text))[0] == text
+
+
+@BOTH
+def test_an_empty_list_is_no_call(tokenizer: Tokenizer) -> None:
+    """As SmolLM2 answers where no tool helps; one that must call some can not say it."""
+    for written in ("<tool_call>[]</tool_call>", "Hm. <tool_call>\n[ ]\n</tool_call>"):
+        text, deltas, parser = read(tokenizer, tokenizer.encode(written))
+        assert (text, deltas, parser.calls) == (written.partition("<")[0].rstrip(), [], [])
+    ids = tokenizer.encode("<tool_call>[]</tool_call>")
+
+    def follow(matcher: Matcher) -> None:
+        for token in ids:
+            matcher.accept(token)
+
+    followed = matcher(tokenizer, planned(), "list")
+    follow(followed)
+    assert followed.allowed()[list(tokenizer.stop_ids())].all()
+    with pytest.raises(SmolrunError, match="does not fit"):
+        follow(matcher(tokenizer, planned("required"), "list"))
 
 
 def test_text_that_spells_the_tag_is_text_where_it_is_a_token() -> None:

@@ -235,7 +235,7 @@ class ChatTemplate:
         )
         made = normalize_messages(messages, style, keep_reasoning=keep_reasoning)
         self._check_roles(made)
-        variables.update(self._tool_variables(tools, variables))
+        variables.update(self._tool_variables(tools, variables, made))
         variables["messages"] = made
         variables["add_generation_prompt"] = bool(add_generation_prompt)
         return variables
@@ -265,11 +265,14 @@ class ChatTemplate:
                 )
         return dict(arguments)
 
-    def _tool_variables(self, tools: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _tool_variables(
+        self, tools: object, given: Mapping[str, Any], messages: Sequence[Mapping[str, object]]
+    ) -> dict[str, Any]:
         if tools is None:
             return {}
         if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
             raise RequestError(f"tools: expected a list of tools, found {type(tools).__name__}")
+        names = []
         for index, tool in enumerate(tools):
             if not isinstance(tool, Mapping):
                 raise RequestError(
@@ -279,14 +282,23 @@ class ChatTemplate:
             name = function.get("name") if isinstance(function, Mapping) else None
             if not isinstance(name, str) or not name:
                 raise RequestError(f"tools[{index}]: expected a function with a name")
+            names.append(name)
         if not tools:
             return {}
         if "tools" in self._names:
             return {"tools": list(tools)}
-        if "xml_tools" not in self._names or given.get("xml_tools") or given.get("python_tools"):
+        if "xml_tools" not in self._names:
+            first = messages[0]
+            if first["role"] == "system" and all(name in str(first["content"]) for name in names):
+                return {}
             raise TemplateError(
-                f"{self.origin}: this model's chat template has no place for tools"
-                + (" beside those of template_arguments" if "xml_tools" in self._names else "")
+                f"{self.origin}: this model's chat template has no place for tools; name each of "
+                "them in a system message, in the words that the model was trained on"
+            )
+        if given.get("xml_tools") or given.get("python_tools"):
+            raise TemplateError(
+                f"{self.origin}: this model's chat template has no place for tools beside those "
+                "of template_arguments"
             )
         return {"xml_tools": list(tools)}
 

@@ -137,7 +137,8 @@ def tool_matcher(
     )
     if style == "list":
         more = ' (", " call)*' if plan.parallel else ""
-        body = f'"[" call{more} "]" {closed}'
+        calls = f"call{more}" if plan.required else f"(call{more})?"  # an empty list: none
+        body = f'"[" {calls} "]" {closed}'
         again = ""
     else:
         body = f'"\\n" call "\\n" {closed}'
@@ -175,6 +176,7 @@ class CallDelta:
 
 
 _HEAD = re.compile(r'[\s\[,]*\{"name": "([^"]*)", "arguments": ')
+_NO_CALL = re.compile(r"\s*\[\s*\]\s*" + re.escape(TOOL_CALL_CLOSE))
 _AFTER = re.compile(r"\s*\}\s*(?:(,)|\]?\s*" + re.escape(TOOL_CALL_CLOSE) + ")")
 
 
@@ -233,6 +235,8 @@ class ToolCallParser:
         while self._inside:
             if self._call is None:
                 head = _HEAD.match(self._held)
+                if none := _NO_CALL.match(self._held):
+                    self._held, self._inside = self._held[none.end() :], False
                 if head is None:
                     return deltas
                 self._held = self._held[head.end() :]
