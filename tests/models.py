@@ -20,6 +20,22 @@ from smolrun.quant.types import WeightType
 
 Values = dict[str, npt.NDArray[np.float32]]
 
+# Where the float16 scale (and minimum) of a block stand.
+SCALE_OFFSETS: dict[WeightType, tuple[int, ...]] = {
+    WeightType.Q4_0: (0,),
+    WeightType.Q4_1: (0, 2),
+    WeightType.Q5_0: (0,),
+    WeightType.Q5_1: (0, 2),
+    WeightType.Q8_0: (0,),
+    WeightType.Q2_K: (80, 82),
+    WeightType.Q3_K: (108,),
+    WeightType.Q4_K: (0, 2),
+    WeightType.Q5_K: (0, 2),
+    WeightType.Q6_K: (208,),
+    WeightType.IQ4_NL: (0,),
+    WeightType.IQ4_XS: (0,),
+}
+
 
 def small_config(**changes: Any) -> ModelConfig:
     """A SmolLM3 of two kinds of layer, small enough to run in a blink."""

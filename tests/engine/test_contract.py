@@ -22,7 +22,8 @@ from smolrun.engine.sequence import Terms
 from smolrun.errors import NonFiniteError
 from smolrun.quant.types import WeightType
 from tests.engine.fakes import TokenOutput, collect
-from tests.native.models import SCALE_OFFSETS, Model, nmse, random_blocks, small_config
+from tests.models import SCALE_OFFSETS
+from tests.native.models import Model, nmse, random_blocks, small_config
 
 CONTEXT = 512
 TYPES = [

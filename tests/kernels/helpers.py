@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import pytest
 from smolrun import _core
 from smolrun.quant.blocks import dequantize
 from smolrun.quant.types import WeightType
+from tests.models import SCALE_OFFSETS
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -37,22 +38,6 @@ QUANTIZED_TYPES = [t for t in TYPES if not t.is_float]
 FLOAT_TYPES = [t for t in TYPES if t.is_float]
 each_type = pytest.mark.parametrize("weight_type", TYPES, ids=lambda t: t.value)
 each_quantized_type = pytest.mark.parametrize("weight_type", QUANTIZED_TYPES, ids=lambda t: t.value)
-
-# Where the float16 scale (and minimum) of a block stand.
-SCALE_OFFSETS: dict[WeightType, tuple[int, ...]] = {
-    WeightType.Q4_0: (0,),
-    WeightType.Q4_1: (0, 2),
-    WeightType.Q5_0: (0,),
-    WeightType.Q5_1: (0, 2),
-    WeightType.Q8_0: (0,),
-    WeightType.Q2_K: (80, 82),
-    WeightType.Q3_K: (108,),
-    WeightType.Q4_K: (0, 2),
-    WeightType.Q5_K: (0, 2),
-    WeightType.Q6_K: (208,),
-    WeightType.IQ4_NL: (0,),
-    WeightType.IQ4_XS: (0,),
-}
 
 # Row lengths worth trying: one block, odd numbers of blocks, the widths of real models.
 SHORT_BLOCK_COLUMNS = (32, 64, 96, 256, 512, 576, 960)
@@ -164,6 +149,29 @@ class Weights:
             fast,
         )
         return out
+
+
+def check_counts_of_tokens(
+    weights: Weights, isa: str, x: Floats, counts: Iterable[int], *, fast: bool = False
+) -> None:
+    """Every token has the bits that it has alone."""
+    alone = np.concatenate([weights.linear(isa, row[None], fast=fast) for row in x])
+    for tokens in counts:
+        found = weights.linear(isa, x[:tokens], fast=fast)
+        assert_same_bits(found, alone[:tokens], f"{tokens} tokens")
+    assert_same_bits(weights.linear(isa, x[3:40], fast=fast), alone[3:40])
+
+
+def check_cut_rows(weights: Weights, isa: str, *, fast: bool = False) -> None:
+    """Rows, cut at any sixteenth, have the bits that they have together."""
+    cuts = [*range(0, weights.rows, 16), weights.rows]
+    for tokens in (1, 2, 13):
+        x = random_inputs(tokens, weights.columns)
+        whole = weights.linear(isa, x, fast=fast)
+        for i, begin in enumerate(cuts):
+            for end in cuts[i + 1 :]:
+                part = weights.linear(isa, x, begin, end, fast=fast)
+                assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
 
 
 def random_inputs(tokens: int, columns: int, seed: int = 0) -> Floats:

@@ -13,6 +13,8 @@ from tests.kernels.helpers import (
     Floats,
     Weights,
     assert_same_bits,
+    check_counts_of_tokens,
+    check_cut_rows,
     random_inputs,
     random_weights,
     unaligned_floats,
@@ -72,25 +74,12 @@ def test_inputs_are_rounded_and_weights_are_not() -> None:
 def test_the_number_of_tokens_changes_no_bit() -> None:
     columns = 1537
     weights = Weights.random(BF16, 150, columns)
-    x = random_inputs(70, columns)
-    alone = np.concatenate([weights.linear(ISA, x[i : i + 1], fast=True) for i in range(len(x))])
-    for tokens in (*range(1, 27), 31, 64, 70):
-        found = weights.linear(ISA, x[:tokens], fast=True)
-        assert_same_bits(found, alone[:tokens], f"{tokens} tokens")
-    assert_same_bits(weights.linear(ISA, x[3:40], fast=True), alone[3:40])
+    counts = (*range(1, 27), 31, 64, 70)
+    check_counts_of_tokens(weights, ISA, random_inputs(70, columns), counts, fast=True)
 
 
 def test_cutting_the_rows_changes_no_bit() -> None:
-    rows, columns = 16 * 9 + 5, 77
-    weights = Weights.random(BF16, rows, columns)
-    for tokens in (1, 2, 13):
-        x = random_inputs(tokens, columns)
-        whole = weights.linear(ISA, x, fast=True)
-        cuts = [*range(0, rows, 16), rows]
-        for i, begin in enumerate(cuts):
-            for end in cuts[i + 1 :]:
-                part = weights.linear(ISA, x, begin, end, fast=True)
-                assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
+    check_cut_rows(Weights.random(BF16, 16 * 9 + 5, 77), ISA, fast=True)
 
 
 def test_inputs_at_any_address() -> None:

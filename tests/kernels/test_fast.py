@@ -10,10 +10,11 @@ from smolrun.quant.types import WeightType
 from tests.kernels.helpers import (
     FLOAT_TYPES,
     QUANTIZED_TYPES,
-    SCALE_OFFSETS,
     Floats,
     Weights,
     assert_same_bits,
+    check_counts_of_tokens,
+    check_cut_rows,
     columns_of,
     each_isa,
     kernels,
@@ -23,6 +24,7 @@ from tests.kernels.helpers import (
     set_scales,
     unaligned_floats,
 )
+from tests.models import SCALE_OFFSETS
 
 # Pairs of products with codes of 8 bits do not fit the 16 bits of AVX2's instruction.
 WITHOUT = {"avx2": {WeightType.Q8_0, WeightType.IQ4_NL, WeightType.IQ4_XS}}
@@ -155,26 +157,13 @@ def test_products(isa: str, weight_type: WeightType) -> None:
 def test_the_number_of_tokens_changes_no_bit(isa: str, weight_type: WeightType) -> None:
     columns = 768  # more pieces than are unpacked at a time
     weights = Weights.random(weight_type, 33, columns)
-    x = random_inputs(70, columns)
-    alone = np.concatenate([weights.linear(isa, x[i : i + 1], fast=True) for i in range(len(x))])
-    for tokens in (*range(1, 20), 31, 32, 33, 64, 70):
-        found = weights.linear(isa, x[:tokens], fast=True)
-        assert_same_bits(found, alone[:tokens], f"{tokens} tokens")
-    assert_same_bits(weights.linear(isa, x[3:40], fast=True), alone[3:40])
+    counts = (*range(1, 20), 31, 32, 33, 47, 48, 49, 64, 97)
+    check_counts_of_tokens(weights, isa, random_inputs(97, columns), counts, fast=True)
 
 
 @each_fast_product
 def test_cutting_the_rows_changes_no_bit(isa: str, weight_type: WeightType) -> None:
-    rows, columns = 16 * 5 + 5, 256
-    weights = Weights.random(weight_type, rows, columns)
-    for tokens in (1, 2, 13):
-        x = random_inputs(tokens, columns)
-        whole = weights.linear(isa, x, fast=True)
-        cuts = [*range(0, rows, 16), rows]
-        for i, begin in enumerate(cuts):
-            for end in cuts[i + 1 :]:
-                part = weights.linear(isa, x, begin, end, fast=True)
-                assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
+    check_cut_rows(Weights.random(weight_type, 16 * 5 + 5, 256), isa, fast=True)
 
 
 @each_fast_product

@@ -8,10 +8,11 @@ import pytest
 from smolrun.quant.types import WeightType
 from tests.kernels.helpers import (
     FLOAT_TYPES,
-    SCALE_OFFSETS,
     Floats,
     Weights,
     assert_same_bits,
+    check_counts_of_tokens,
+    check_cut_rows,
     columns_of,
     each_isa,
     each_quantized_type,
@@ -23,6 +24,7 @@ from tests.kernels.helpers import (
     set_scales,
     unaligned_floats,
 )
+from tests.models import SCALE_OFFSETS
 
 # Rounding 32 normal inputs to 16 bits leaves (2.1/32767)^2/12 = 3.4e-10; float sums leave 1e-14.
 QUANTIZED_NMSE = 1.5e-9
@@ -67,11 +69,8 @@ def test_products_of_a_long_row(isa: str, weight_type: WeightType) -> None:
 def test_the_number_of_tokens_changes_no_bit(isa: str, weight_type: WeightType) -> None:
     columns = 512 if weight_type.block_weights == 256 else 288
     weights = Weights.random(weight_type, 33, columns)
-    x = random_inputs(150, columns)
-    alone = np.concatenate([weights.linear(isa, x[i : i + 1]) for i in range(len(x))])
-    for tokens in (*range(1, 34), 63, 64, 65, 128, 150):
-        assert_same_bits(weights.linear(isa, x[:tokens]), alone[:tokens], f"{tokens} tokens")
-    assert_same_bits(weights.linear(isa, x[3:40]), alone[3:40])
+    counts = (*range(1, 34), 63, 64, 65, 128, 150)
+    check_counts_of_tokens(weights, isa, random_inputs(150, columns), counts)
 
 
 @each_isa
@@ -89,18 +88,9 @@ def test_many_tokens_of_long_rows_of_floats(isa: str, weight_type: WeightType) -
 @each_isa
 @each_type
 def test_cutting_the_rows_changes_no_bit(isa: str, weight_type: WeightType) -> None:
-    rows, columns = 16 * 9 + 5, 256
-    weights = Weights.random(weight_type, rows, columns)
-    for tokens in (1, 2, 13):
-        x = random_inputs(tokens, columns)
-        whole = weights.linear(isa, x)
-        cuts = [*range(0, rows, 16), rows]
-        for begin in cuts[:-1]:
-            for end in cuts:
-                if begin < end:
-                    part = weights.linear(isa, x, begin, end)
-                    assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
-        assert weights.linear(isa, x, 16, 16).shape == (tokens, 0)
+    weights = Weights.random(weight_type, 16 * 9 + 5, 256)
+    check_cut_rows(weights, isa)
+    assert weights.linear(isa, random_inputs(13, 256), 16, 16).shape == (13, 0)
 
 
 @each_isa

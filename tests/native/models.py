@@ -17,25 +17,10 @@ from smolrun.model.program import Program
 from smolrun.model.reference import ReferenceRunner
 from smolrun.quant.blocks import dequantize
 from smolrun.quant.types import WeightType
+from tests.models import SCALE_OFFSETS
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
-
-# Byte offsets of the float16 scales in a block.
-SCALE_OFFSETS = {
-    WeightType.Q4_0: (0,),
-    WeightType.Q4_1: (0, 2),
-    WeightType.Q5_0: (0,),
-    WeightType.Q5_1: (0, 2),
-    WeightType.Q8_0: (0,),
-    WeightType.Q2_K: (80, 82),
-    WeightType.Q3_K: (108,),
-    WeightType.Q4_K: (0, 2),
-    WeightType.Q5_K: (0, 2),
-    WeightType.Q6_K: (208,),
-    WeightType.IQ4_NL: (0,),
-    WeightType.IQ4_XS: (0,),
-}
 
 
 def small_config(**changes: Any) -> ModelConfig:
