@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .running import CHAT, GREEDY, Running, chunks_of
+from smolrun import Model
+from smolrun.server.service import Settings
+
+from .running import CHAT, GREEDY, Running, chunks_of, eventually
 
 SCHEMA = {
     "type": "object",
@@ -131,3 +135,12 @@ def test_completions_have_structure_too(server: Running) -> None:
     body = {"prompt": "Is it?", "choices": ["yes", "no"], "max_tokens": 20}
     reply = server.post("/v1/completions", body).json()
     assert reply["choices"][0]["text"] in ("yes", "no")
+
+
+def test_the_vocabulary_is_prepared_at_the_start(folder: Path) -> None:
+    with Model(folder, threads=1) as model:
+        grammars = model.loaded.grammars
+        assert grammars is not None
+        assert not grammars.prepared
+        with Running(model, Settings()):
+            assert eventually(lambda: grammars.prepared, 60)

@@ -171,6 +171,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
             return
         self._service.ready(model)
+        if self._service.state == "ready":
+            self._service.prepare()
         logger.info(
             "ready",
             extra={

@@ -87,6 +87,12 @@ class Service:
         if self.state == "loading":
             self.state = "ready"
 
+    def prepare(self) -> None:
+        """Have a thread do what the first structured request would wait for, if it can be done."""
+        grammars = self.model().model.loaded.grammars
+        if grammars is not None:
+            self._workers.submit(grammars.prepare)  # its error is the request's, if one comes
+
     @property
     def names(self) -> Sequence[str]:
         """By which the model is asked for; the first is what replies call it."""

@@ -106,6 +106,19 @@ class GrammarCompiler:
         self._vocabulary: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the vocabulary is ready for the next grammar."""
+        return self._vocabulary is not None
+
+    def prepare(self) -> None:
+        """Do now what the first grammar would wait for: 0.3 s and 50 MB for 128k tokens.
+
+        Raises:
+            RequestError: llguidance is not installed, or the model ends no text.
+        """
+        self._prepared("grammar")
+
     def compile(self, lark: str, field: str, parts: Mapping[str, str] | None = None) -> Matcher:
         """A matcher at the beginning of a text.
 
@@ -147,7 +160,7 @@ class GrammarCompiler:
         return made
 
     def _prepared(self, field: str) -> Any:
-        """The vocabulary as llguidance wants it; half a second for 128k tokens, once."""
+        """The vocabulary as llguidance wants it, made once."""
         with self._lock:
             if self._vocabulary is None:
                 if not self._stop_ids:
