@@ -99,7 +99,7 @@ def is_free(port: int) -> bool:
 
 def test_it_drains(large: Path) -> None:  # SRV-03
     with (
-        serving(*command(large, "--drain-timeout", "300")) as server,
+        serving(*command(large, "--drain-timeout", "300", "--parallel", "4")) as server,
         ThreadPoolExecutor(9) as pool,
     ):
         url = server.event("listening")["url"]

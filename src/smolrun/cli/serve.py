@@ -31,7 +31,15 @@ examples:
 
 http://127.0.0.1:8080/docs has the routes. SIGTERM, or Ctrl-C, lets answers under way come to their
 end; a second one does not.
+
+The KV cache has room for a whole context of each of --parallel answers, or for as many as fit in
+memory; memory is taken as contexts fill. An answer begins when what it may need is to be had: a
+max_tokens in the request, or a smaller -c, lets more of them run at a time.
 """
+
+# A step of sixteen tokens takes about three times as long as one of one; more of them gain little
+# and slow down every answer (docs/decisions.md).
+DEFAULT_PARALLEL = 16
 
 
 def add_arguments(parser: Parser) -> None:
@@ -49,8 +57,9 @@ def add_arguments(parser: Parser) -> None:
                 help="what clients call the model; may be repeated")  # fmt: skip
     parser.flag("--cors-origins", action="append", metavar="ORIGIN",
                 help="pages of this origin may ask, as https://a.org; repeatable")  # fmt: skip
-    parser.flag("-np", "--parallel", type=options.positive, default=4, metavar="N",
-                help="answers that run side by side (default 4)")  # fmt: skip
+    parser.flag("-np", "--parallel", type=options.positive, default=DEFAULT_PARALLEL, metavar="N",
+                help="answers that run side by side, as far as memory allows; the others wait "
+                f"(default {DEFAULT_PARALLEL})")  # fmt: skip
     parser.flag("--queue", type=options.positive, metavar="N",
                 help="requests that may wait beside them (default 64)")  # fmt: skip
     parser.flag("--timeout", type=float, metavar="SECONDS",

@@ -38,7 +38,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # by which the model is asked for; none: what its files say
     cors_origins: tuple[str, ...] = ()
-    parallel: int = 4  # answers that run side by side
+    parallel: int = 16  # answers that run side by side, in the model that is loaded
     limits: Limits = field(default_factory=Limits)
 
 
@@ -122,7 +122,7 @@ class Service:
             ApiError: 400, there are never so many places. QueueFullError: there are not now.
         """
         model = self.model().model
-        places = self.settings.parallel + self.limits.queued_requests
+        places = model.loaded.engine.max_sequences + self.limits.queued_requests
         if count > places:
             raise invalid(param, f"{count} answers, and there are {places} places")
         salt = os.urandom(16) if body.cache_prompt is False else client.encode()
@@ -190,7 +190,7 @@ class Service:
         return {
             "model_alias": self.names[0],
             "n_ctx": model.context_size,
-            "total_slots": self.settings.parallel,
+            "total_slots": model.loaded.engine.max_sequences,
             "build_info": f"smolrun {smolrun.__version__}",
             "system_fingerprint": self.fingerprint,
             "chat_template": template.source if template else None,

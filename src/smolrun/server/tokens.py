@@ -94,8 +94,9 @@ async def embeddings(request: Request, service: Service) -> Response:
     terms = service.reading_terms(client_of(request))
     data = []
     # A few at a time: each has a place in the queue.
-    for start in range(0, len(ids), service.settings.parallel):
-        batch = ids[start : start + service.settings.parallel]
+    most = model.model.loaded.engine.max_sequences
+    for start in range(0, len(ids), most):
+        batch = ids[start : start + most]
         vectors = await while_connected(request, model.embed(batch, terms=terms))
         for index, vector in enumerate(vectors, start):
             value: Any = vector.tolist()
