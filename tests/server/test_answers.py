@@ -317,3 +317,58 @@ def test_minus_infinity_is_a_number(server: Running) -> None:  # STR-05
     assert replies.logprob(-1e6) == -9999.0
     with pytest.raises(ValueError, match="JSON compliant"):
         replies.dumped({"x": math.nan})
+
+
+def test_a_message_that_has_begun_goes_on(server: Running) -> None:
+    messages = [*GREEDY["messages"], {"role": "assistant", "content": "Because"}]
+    body = {**GREEDY, "messages": messages, "continue_final_message": True}
+    choice = server.post(CHAT, {**body, "add_generation_prompt": False}).json()["choices"][0]
+    prompt = server.post("/apply-template", {"messages": messages, "continue_final_message": True})
+    text = prompt.json()["prompt"]
+    assert text.endswith("Because")
+    ids = server.model.tokenizer.encode(text, add_bos=False)
+    expected = server.model.generate(ids, max_tokens=GREEDY["max_tokens"], temperature=0)
+    assert choice["message"]["content"] == expected.text
+
+
+def test_timings_of_every_piece(server: Running) -> None:
+    for path, body in (
+        (CHAT, GREEDY),
+        ("/v1/completions", {"prompt": "The sky", **plain(6), "logprobs": 1}),
+    ):
+        chunks = streamed(server, path, {**body, "timings_per_token": True})
+        timed = [chunk["timings"] for chunk in chunks if "timings" in chunk]
+        assert len(timed) >= len(chunks) - 1, "all but the role"
+        counts = [one["predicted_n"] for one in timed]
+        assert counts == sorted(counts)
+        assert counts[0] >= 1
+        assert set(timed[0]) == set(timed[-1])
+        assert all(one["prompt_ms"] > 0 for one in timed)
+        assert len([c for c in streamed(server, path, body) if "timings" in c]) == 1
+
+
+def test_reasoning_is_left_in_the_content(server: Running) -> None:
+    """`reasoning_format: none` gives the text as it was written, tags and all."""
+    opened = server.model.tokenizer.id_of("<think>")
+    body = {
+        **GREEDY, "max_tokens": 40, "ignore_eos": True, "thinking_budget": 8, "seed": 1,
+        "logit_bias": {str(opened): 100},
+    }  # fmt: skip
+    split = server.post(CHAT, body).json()
+    message = split["choices"][0]["message"]
+    assert message["reasoning_content"]
+    raw = server.post(CHAT, {**body, "reasoning_format": "none"}).json()
+    whole = raw["choices"][0]["message"]
+    assert "reasoning_content" not in whole
+    assert whole["content"].startswith("<think>")
+    assert whole["content"].endswith(message["content"])
+    for part in (message["reasoning_content"], "</think>"):
+        assert part in whole["content"]
+    assert raw["usage"] | {"prompt_tokens_details": None} == split["usage"] | {
+        "prompt_tokens_details": None
+    }
+    assert raw["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    chunks = streamed(server, CHAT, {**body, "reasoning_format": "none"})
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["content"]
+    assert not any("reasoning_content" in delta for delta in deltas)

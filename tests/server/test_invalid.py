@@ -100,7 +100,8 @@ FIELDS: list[tuple[str, Any]] = [
     ("chat_template", "{{ messages }}"),  # TPL-04
     ("chat_template_kwargs", {"messages": [], "tokenize": True, "add_generation_prompt": False}),
     ("chat_template_kwargs", {"enable_thinking": "yes"}),
-    ("continue_final_message", True),
+    ("continue_final_message", True),  # the last message is the user's
+    ("add_generation_prompt", False),
     ("reasoning_effort", "lots"),
     ("thinking_budget", -2),
     ("response_format", {"type": "hiccup"}),
@@ -136,6 +137,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning.effort"),
     ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_token_budget"),
     ({"think": False, "thinking_budget": 5}, "think"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
     ({"reasoning_effort": "none", "think": True}, "think"),
 ]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from smolrun.engine.answer import TokenLogprob
     from smolrun.engine.likelihood import ChoiceScore
-    from smolrun.engine.sequence import Terms
+    from smolrun.engine.sequence import Ending, Terms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,6 +106,10 @@ class AsyncStream(AsyncIterator[Event]):
         """End the request within a step; what was generated until then can still be read."""
         if self._stream is not None:
             self._stream.cancel()
+
+    def account(self) -> Ending | None:
+        """The account of the answer so far; None before it has started."""
+        return None if self._stream is None else self._stream.account()
 
     async def result(self) -> Result:
         """Wait for the end and return the whole answer."""

@@ -80,6 +80,8 @@ class ChatArguments(TextArguments, total=False):
     date: datetime.date | None  # what the model takes for today; None is the real date
     template_arguments: Mapping[str, Any] | None  # see `smolrun.text.chat.TEMPLATE_ARGUMENTS`
     keep_reasoning: bool | None  # leave the reasoning of past answers in the prompt
+    continue_final_message: bool | None  # the last message is an answer that has begun: go on
+    separate_reasoning: bool | None  # False: leave it in the text, between its tags
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def prepare_chat(
         date=given.pop("date", None),
         template_arguments=given.pop("template_arguments", None),
         keep_reasoning=bool(given.pop("keep_reasoning", None)),
+        continue_final=bool(given.pop("continue_final_message", None)),
     )
+    separate = given.pop("separate_reasoning", None) is not False
     parameters = sampling_parameters(given, loaded.sampling, loaded.config.vocab_size)
     tokenizer = tokenizer_of(loaded)
     matcher = None
@@ -175,7 +179,9 @@ def prepare_chat(
         stop_ids = () if parameters.ignore_eos else loaded.stop_ids
         limiter = ThinkingLimiter(tokenizer, tokens_for_thinking(thinking.budget, room), stop_ids)
     guide = ChatGuide(tokenizer, prompt, limiter, matcher) if limiter or matcher else None
-    answer = Answer(tokenizer, prompt, parameters, chat=True, guide=guide, calls=calls)
+    answer = Answer(
+        tokenizer, prompt, parameters, chat=True, separate=separate, guide=guide, calls=calls
+    )
     return PreparedRequest(prompt, parameters, answer, guide)
 
 

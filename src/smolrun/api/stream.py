@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 from smolrun.engine.answer import EndEvent, Event, Result
-from smolrun.engine.sequence import Request
+from smolrun.engine.sequence import Ending, Request
 from smolrun.errors import RequestError
 
 
@@ -40,6 +40,10 @@ class Stream(Iterator[Event]):
     def notify(self, callback: Callable[[], None]) -> None:
         """From now on, have `callback` called on the engine's thread after each event."""
         self._request.notify(callback)
+
+    def account(self) -> Ending:
+        """The account of the answer so far, as if `max_tokens` ended it here."""
+        return self._request.account()
 
     def skip_to_end(self) -> None:
         """From now on, have only the last events: what is left of the text, and the end."""

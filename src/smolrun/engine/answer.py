@@ -122,6 +122,7 @@ class Answer:
         prompt: token ids; an open think block at their end means that the answer starts inside.
         parameters: of the request. Stop strings are looked for in the answer, not the reasoning.
         chat: tell reasoning from the answer; otherwise everything generated is text.
+        separate: where they are told apart, take the reasoning and its tags out of the text.
         guide: what steers the answer, if anything does.
         calls: finds calls of tools in the answer; None: there are none to look for.
     """
@@ -133,6 +134,7 @@ class Answer:
         parameters: SamplingParameters,
         *,
         chat: bool,
+        separate: bool = True,
         guide: Guide | None = None,
         calls: CallParser | None = None,
     ) -> None:
@@ -145,7 +147,7 @@ class Answer:
                 raise RequestError("stop: this model has no tokenizer to find strings with")
         elif chat:
             self._parser = ReasoningParser(tokenizer, prompt)
-        else:
+        if tokenizer is not None and not (chat and separate):
             self._decoder = IncrementalDecoder(tokenizer, skip_special=True)
         self._stop = StopStrings(parameters.stop)
         self._text: list[str] = []
@@ -165,16 +167,20 @@ class Answer:
             self._logprobs.append(self._logprob(token))
             self._untold.append(self._logprobs[-1])
         reasoning = text = ""
+        reasons = False
         if self._parser is not None:
             reasoned, at_edge = self._parser.in_reasoning, self._parser.at_edge
             reasoning, text = self._parser.push(token.id)
-            if reasoned != self._parser.in_reasoning or (at_edge and self._parser.at_edge):
+            reasons = reasoned or self._parser.in_reasoning
+            if self._decoder is not None:
+                reasoning, text = "", self._decoder.push(token.id)
+            elif reasoned != self._parser.in_reasoning or (at_edge and self._parser.at_edge):
                 # A tag, or line breaks beside one, which are part of neither text.
                 self._untold = self._untold[-1:] if reasoning or text else []
         elif self._decoder is not None:
             text = self._decoder.push(token.id)
         deltas: list[CallDelta] = []
-        if self._calls is not None:
+        if self._calls is not None and not (self._decoder is not None and reasons):
             text, deltas = self._calls.push(token.id, text)
         text, stopped = self._stop.push(text)
         events = self._events(reasoning, text)
@@ -188,10 +194,10 @@ class Answer:
         reason = ending.finish_reason
         reasoning = text = ""
         if not self._stop.stopped:
-            if self._parser is not None:
-                reasoning, text = self._parser.flush()
-            elif self._decoder is not None:
+            if self._decoder is not None:
                 text = self._decoder.flush()
+            elif self._parser is not None:
+                reasoning, text = self._parser.flush()
             if self._calls is not None:
                 text = self._calls.push(-1, text)[0] + self._calls.flush()
             text, _ = self._stop.push(text)

@@ -267,6 +267,10 @@ class Request:
             raise value
         raise StopIteration
 
+    def account(self) -> Ending:
+        """The account of the request so far."""
+        return self._sequence.ending("length")
+
     def skip_to_end(self) -> None:
         """From now on, have no events but the last ones, which `Output.finish` makes."""
         self._sequence.ending_only = True

@@ -55,6 +55,16 @@ def _arguments(raw: dict[str, Any], body: ChatRequest) -> dict[str, Any]:
         raise invalid("max_tokens", "expected at least 1, got 0")
     arguments |= thinking_of(body, body.chat_template_kwargs)
     arguments |= structure_of(body)
+    if body.reasoning_format == "none":
+        arguments["separate_reasoning"] = False
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise invalid(
+                "add_generation_prompt", "contradicts continue_final_message", "contradiction"
+            )
+        arguments["continue_final_message"] = True
+    elif body.add_generation_prompt is False:
+        raise invalid("add_generation_prompt", "false needs continue_final_message to be true")
     for name in ("tools", "tool_choice", "parallel_tool_calls"):
         if raw.get(name) is not None:
             arguments[name] = raw[name]
@@ -120,10 +130,11 @@ class _Reply:
     async def chunks(self, work: Work) -> AsyncIterator[bytes]:
         """Server-sent events: roles, pieces, ends, usage."""
         for index in range(self._body.n or 1):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            role = _choice(index, {"role": "assistant", "content": ""})
+            yield self._events.event({"choices": [role]})
         results: list[Result] = []
         async for events in work.events():
-            pieces = [self._piece(*event) for event in events]
+            pieces = [self._piece(*event, work) for event in events]
             if data := b"".join(pieces) if events else replies.PING:
                 yield data
             results += [event.result for _, event in events if isinstance(event, EndEvent)]
@@ -131,18 +142,19 @@ class _Reply:
             usage = replies.usage([result.usage for result in results], len(results))
             yield self._events.event({"choices": [], "usage": usage})
 
-    def _piece(self, index: int, event: Event) -> bytes:
+    def _piece(self, index: int, event: Event, work: Work) -> bytes:
+        body = self._body
         if isinstance(event, TextEvent):
-            if not self._body.logprobs:
+            if not (body.logprobs or body.timings_per_token):
                 return self._events.text(index, event.text)
-            logprobs = replies.chat_logprobs(event.logprobs)
-            return self._chunk(index, {"content": event.text}, logprobs=logprobs)
+            logprobs = replies.chat_logprobs(event.logprobs) if body.logprobs else None
+            return self._chunk(index, {"content": event.text}, work, logprobs=logprobs)
         if isinstance(event, ReasoningEvent):
-            return self._chunk(index, {"reasoning_content": event.text})
+            return self._chunk(index, {"reasoning_content": event.text}, work)
         if isinstance(event, EndEvent):
             return self._end(index, event.result)
         if isinstance(event, ToolCallEvent):
-            return self._chunk(index, {"tool_calls": [replies.tool_call_delta(event)]})
+            return self._chunk(index, {"tool_calls": [replies.tool_call_delta(event)]}, work)
         if isinstance(event, ProgressEvent) and self._body.return_progress:
             progress = {
                 "total": event.total,
@@ -163,8 +175,11 @@ class _Reply:
         timings = replies.timings(result.timings, result.usage.cached_tokens)
         return self._events.event({"choices": [choice], "timings": timings})
 
-    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> bytes:
-        return self._events.event({"choices": [_choice(index, delta, logprobs)]})
+    def _chunk(self, index: int, delta: dict[str, Any], work: Work, logprobs: Any = None) -> bytes:
+        members: dict[str, Any] = {"choices": [_choice(index, delta, logprobs)]}
+        if self._body.timings_per_token:
+            members["timings"] = work.timings(index)
+        return self._events.event(members)
 
 
 def _choice(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:

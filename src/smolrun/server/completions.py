@@ -181,7 +181,7 @@ class _Reply:
                 )
                 yield self._chunk(index, echo.text, logprobs)
         async for events in work.events():
-            pieces = [self._piece(*event, shapes) for event in events]
+            pieces = [self._piece(*event, shapes, work) for event in events]
             if data := b"".join(pieces) if events else replies.PING:
                 yield data
             results |= {i: event.result for i, event in events if isinstance(event, EndEvent)}
@@ -189,11 +189,17 @@ class _Reply:
             usage = self._usage([results[index] for index in range(answers)])
             yield self._events.event({"choices": [], "usage": usage})
 
-    def _piece(self, index: int, event: Event, shapes: Sequence[LegacyLogprobs]) -> bytes:
+    def _piece(
+        self, index: int, event: Event, shapes: Sequence[LegacyLogprobs], work: Work
+    ) -> bytes:
+        body = self._body
         if isinstance(event, TextEvent) and not self._only_prompt:
-            if self._body.logprobs is None:
+            if body.logprobs is None and not body.timings_per_token:
                 return self._events.text(index, event.text)
-            return self._chunk(index, event.text, shapes[index].shaped(event.logprobs))
+            given = body.logprobs is not None
+            logprobs = shapes[index].shaped(event.logprobs) if given else None
+            timings = work.timings(index) if body.timings_per_token else None
+            return self._chunk(index, event.text, logprobs, timings)
         if isinstance(event, ProgressEvent) and self._body.return_progress:
             return self._progress(event)
         return self._end(index, event.result) if isinstance(event, EndEvent) else b""
@@ -214,8 +220,11 @@ class _Reply:
         timings = replies.timings(result.timings, result.usage.cached_tokens)
         return self._events.event({"choices": [choice], "timings": timings})
 
-    def _chunk(self, index: int, text: str, logprobs: Any) -> bytes:
-        return self._events.event({"choices": [_choice(index, text, logprobs)]})
+    def _chunk(self, index: int, text: str, logprobs: Any, timings: Any = None) -> bytes:
+        members: dict[str, Any] = {"choices": [_choice(index, text, logprobs)]}
+        if timings is not None:
+            members["timings"] = timings
+        return self._events.event(members)
 
 
 def _choice(index: int, text: str, logprobs: Any = None) -> dict[str, Any]:

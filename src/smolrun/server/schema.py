@@ -30,11 +30,8 @@ def _only(value: bool, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-_TRUE = WithJsonSchema({"type": "boolean", "const": True})
 _FALSE = WithJsonSchema({"type": "boolean", "const": False})
 StoresNothing = Annotated[bool, _only(False, "nothing is stored"), _FALSE]
-OpensTurn = Annotated[bool, _only(True, "the answer's turn is always opened"), _TRUE]
-ContinuesNothing = Annotated[bool, _only(False, "not supported; see /v1/completions"), _FALSE]
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -85,6 +82,7 @@ class Generation(Strict):
     ignore_eos: bool | None = None
     return_tokens: bool | None = None
     return_progress: bool | None = None
+    timings_per_token: bool | None = None
     cache_prompt: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: dict[str, str] | None = None
@@ -251,9 +249,9 @@ class ChatRequest(Generation, ThinkingFields, Conversation, Structured):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_format: Literal["auto", "deepseek"] | None = None
-    add_generation_prompt: OpensTurn | None = None
-    continue_final_message: ContinuesNothing | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 Prompts = Annotated[
@@ -327,6 +325,7 @@ class TemplateRequest(Conversation, ThinkingFields):
 
     model: str | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 # Fields of other servers and of OpenAI's, and why they are refused.
@@ -346,7 +345,6 @@ REFUSED: dict[str, str] = {
     "prediction": "predicted output is not supported",
     "samplers": "the order of samplers is fixed",
     "suffix": "these models do not fill gaps",
-    "timings_per_token": "not supported; the last chunk has the timings",
     "truncate_prompt_tokens": "a prompt is never cut",
     "use_beam_search": "not supported",
     "web_search_options": "this server searches nothing",

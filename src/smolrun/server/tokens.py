@@ -71,6 +71,7 @@ async def apply_template(request: Request, service: Service) -> Response:
             tools=raw.get("tools"),
             enable_thinking=enabled,
             add_generation_prompt=body.add_generation_prompt,
+            continue_final=body.continue_final_message,
             template_arguments=arguments,
         )
 

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from smolrun.api import EndEvent, Event, Result, Terms, TextEvent, TokenLogprob
 from smolrun.api.asynchronous import AsyncStream, Bell
+from smolrun.server import replies
 from smolrun.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ class Work:
             except Exception as error:
                 return found, error
         return found, None
+
+    def timings(self, index: int) -> dict[str, Any]:
+        """Timings of an answer so far."""
+        account = self._streams[index].account()
+        assert account is not None
+        return replies.timings(account.timings, account.cached_tokens)
 
     def abort(self, error: ApiError) -> None:
         """End the answers with an error."""

@@ -108,6 +108,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
         keep_reasoning: bool = False,
+        continue_final: bool = False,
     ) -> str:
         """The text of a conversation.
 
@@ -119,6 +120,7 @@ class ChatTemplate:
             add_generation_prompt: open the answer's turn at the end.
             template_arguments: further variables, of `TEMPLATE_ARGUMENTS` only.
             keep_reasoning: leave the reasoning of past answers in.
+            continue_final: the last message is an answer that has begun; the text ends with it.
 
         Raises:
             RequestError: an argument is not what it should be; names its field.
@@ -131,8 +133,10 @@ class ChatTemplate:
             add_generation_prompt,
             template_arguments,
             keep_reasoning,
+            continue_final,
         )
-        return self._render_checked(variables, date)
+        text = self._render_checked(variables, date)
+        return self._begun(text) if continue_final else text
 
     def encode(
         self,
@@ -144,6 +148,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
         keep_reasoning: bool = False,
+        continue_final: bool = False,
     ) -> list[int]:
         """Token ids of a conversation; arguments and errors as of `render`.
 
@@ -158,6 +163,7 @@ class ChatTemplate:
             add_generation_prompt,
             template_arguments,
             keep_reasoning,
+            continue_final,
         )
         date = date or datetime.date.today()  # midnight must not pass between two renderings
         text = self._render_checked(variables, date)
@@ -166,8 +172,11 @@ class ChatTemplate:
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply") from None
         if guarded is None:
-            return self._tokenizer.encode(text, add_bos=False)
-        return self._encode_guarded(*guarded)
+            return self._tokenizer.encode(
+                self._begun(text) if continue_final else text, add_bos=False
+            )
+        rendered, guards = guarded
+        return self._encode_guarded(self._begun(rendered) if continue_final else rendered, guards)
 
     def render_variables(self, variables: Mapping[str, Any], date: datetime.date | None) -> str:
         """Renders variables as they are: nothing is checked, changed or added but the date."""
@@ -212,6 +221,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         template_arguments: object,
         keep_reasoning: bool,
+        continue_final: bool,
     ) -> dict[str, Any]:
         variables = self._checked_arguments(template_arguments)
         if enable_thinking is not None:
@@ -234,11 +244,36 @@ class ChatTemplate:
             thinks=self.supports_thinking,
         )
         made = normalize_messages(messages, style, keep_reasoning=keep_reasoning)
+        if continue_final and made[-1]["role"] == "assistant":  # it may have begun to reason
+            made[-1:] = normalize_messages(messages[-1:], style, keep_reasoning=True)  # type: ignore[index]
         self._check_roles(made)
         variables.update(self._tool_variables(tools, variables, made))
+        if continue_final:
+            self._mark_final(messages, made, style)
         variables["messages"] = made
-        variables["add_generation_prompt"] = bool(add_generation_prompt)
+        variables["add_generation_prompt"] = bool(add_generation_prompt) and not continue_final
         return variables
+
+    def _mark_final(
+        self, messages: Any, made: list[dict[str, object]], style: MessageStyle
+    ) -> None:
+        """Marks the end of the last message, which is an answer that has begun."""
+        last = made[-1]
+        if last["role"] != "assistant" or messages[-1].get("tool_calls") or not last["content"]:
+            raise RequestError(
+                "continue_final_message: expected text of the assistant as the last message"
+            )
+        last["content"] = f"{last['content']}{_MARK}"
+
+    def _begun(self, text: str) -> str:
+        """A rendering up to the mark."""
+        begun, mark, _ = text.rpartition(_MARK)
+        if not mark:
+            raise TemplateError(
+                f"{self.origin}: the chat template does not leave the last message as it is, so "
+                "nothing can go on with it"
+            )
+        return begun
 
     def _checked_arguments(self, arguments: object) -> dict[str, Any]:
         if arguments is None:
