@@ -174,6 +174,19 @@ def check_cut_rows(weights: Weights, isa: str, *, fast: bool = False) -> None:
                 assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
 
 
+def check_long_stretch(weight_type: WeightType, isa: str, *, fast: bool = False) -> None:
+    """One token asks for weights ahead in another way where there are many: with the same bits."""
+    weights = Weights.random(weight_type, 16 * 9 + 5, 2048)  # 100 KB at least
+    x = random_inputs(1, weights.columns)
+    whole = weights.linear(isa, x, fast=fast)
+    for begin in range(0, weights.rows, 16):
+        end = min(begin + 16, weights.rows)
+        part = weights.linear(isa, x, begin, end, fast=fast)
+        assert_same_bits(part, whole[:, begin:end].copy(), f"{begin}..{end}")
+    both = weights.linear(isa, np.concatenate([x, x]), fast=fast)
+    assert_same_bits(both[1:].copy(), whole, "beside another token")
+
+
 def random_inputs(tokens: int, columns: int, seed: int = 0) -> Floats:
     random = np.random.default_rng([seed, tokens, columns])
     return random.standard_normal((tokens, columns)).astype(np.float32)

@@ -15,6 +15,7 @@ from tests.kernels.helpers import (
     assert_same_bits,
     check_counts_of_tokens,
     check_cut_rows,
+    check_long_stretch,
     columns_of,
     each_isa,
     kernels,
@@ -164,6 +165,11 @@ def test_the_number_of_tokens_changes_no_bit(isa: str, weight_type: WeightType) 
 @each_fast_product
 def test_cutting_the_rows_changes_no_bit(isa: str, weight_type: WeightType) -> None:
     check_cut_rows(Weights.random(weight_type, 16 * 5 + 5, 256), isa, fast=True)
+
+
+@each_fast_product
+def test_the_length_of_a_call_changes_no_bit(isa: str, weight_type: WeightType) -> None:
+    check_long_stretch(weight_type, isa, fast=True)
 
 
 @each_fast_product

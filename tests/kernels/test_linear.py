@@ -13,6 +13,7 @@ from tests.kernels.helpers import (
     assert_same_bits,
     check_counts_of_tokens,
     check_cut_rows,
+    check_long_stretch,
     columns_of,
     each_isa,
     each_quantized_type,
@@ -91,6 +92,12 @@ def test_cutting_the_rows_changes_no_bit(isa: str, weight_type: WeightType) -> N
     weights = Weights.random(weight_type, 16 * 9 + 5, 256)
     check_cut_rows(weights, isa)
     assert weights.linear(isa, random_inputs(13, 256), 16, 16).shape == (13, 0)
+
+
+@each_isa
+@each_type
+def test_the_length_of_a_call_changes_no_bit(isa: str, weight_type: WeightType) -> None:
+    check_long_stretch(weight_type, isa)
 
 
 @each_isa

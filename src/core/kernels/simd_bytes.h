@@ -113,7 +113,7 @@ struct BytePanel {
 };
 
 // A tile of tokens and one group of rows, of which there are `rows`.
-template <WeightType type, int tokens>
+template <WeightType type, int tokens, Stretch stretch = Stretch::brief>
 void multiply_byte_tile(const Matrix& weights, const BytePanel& input, int64_t row, int64_t rows,
                         float* out, int64_t out_stride) {
     using F = Format<type>;
@@ -126,7 +126,7 @@ void multiply_byte_tile(const Matrix& weights, const BytePanel& input, int64_t r
     }
     for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
         for (int piece = 0; piece < F::block_pieces; ++piece, pieces += input.panel) {
-            prefetch_ahead<type>(block, piece);
+            prefetch_ahead<type, stretch>(block, piece);
             for (int v = 0; v < kGroupVectors; ++v) {
                 const int lane = v * kLanes;
                 Words codes[kPieceQuads];
@@ -171,6 +171,15 @@ void multiply_bytes(const Matrix& weights, const Activations& input, int64_t tok
                     int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                     std::byte* /*scratch*/) {
     const int64_t pieces = weights.columns / kPieceWeights;
+    if (tokens == 1 && is_extended<type>(weights.columns, row_end - row_begin)) {
+        const BytePanel panel{input.bytes, input.byte_scales, input.panel};
+        for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+            multiply_byte_tile<type, 1, Stretch::extended>(weights, panel, row,
+                                                           smaller(kGroupRows, row_end - row),
+                                                           out + row - row_begin, out_stride);
+        }
+        return;
+    }
     for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
         const int64_t rows = smaller(kGroupRows, row_end - row);
         for (int64_t begin = 0; begin < tokens; begin += input.panel) {

@@ -10,25 +10,18 @@ constexpr int kGroupVectors = static_cast<int>(kGroupRows) / kLanes;
 
 SMOLRUN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Asks for memory, which need not exist, ahead of its use: into the first-level cache, or the
-// second, on the way to which more of it can be under way.
+// Asks for memory, which need not exist, ahead of its use: into the first-level cache.
 template <_mm_hint hint = _MM_HINT_T0>
 SMOLRUN_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) {
         _mm_prefetch(static_cast<const char*>(from) + line, hint);
     }
 }
-SMOLRUN_INLINE void prefetch_far(const void* from, int64_t bytes) {
-    prefetch<_MM_HINT_T1>(from, bytes);
-}
-
 // The same, only as far as the second-level cache: a core has few slots for lines on their way to
 // the first level, and lines from memory hold theirs for so long that inputs which are near must
 // wait for one.
-SMOLRUN_INLINE void prefetch_second_level(const void* from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) {
-        _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T1);
-    }
+SMOLRUN_INLINE void prefetch_far(const void* from, int64_t bytes) {
+    prefetch<_MM_HINT_T1>(from, bytes);
 }
 
 // Calls work(first, count): whole vectors with the constant kLanes, then what is left.

@@ -11,7 +11,6 @@ namespace {
 constexpr int kPieceQuads = 8;
 constexpr int kPieceWords = 16;                 // an even and an odd word for each quad
 constexpr int64_t kWordBytes = 4 * kGroupRows;  // one word of each row
-constexpr int64_t kPrefetchPacked = 8192;       // bytes, or a little more, that are asked for ahead
 
 template <WeightType type>
 struct Format {
@@ -117,15 +116,39 @@ SMOLRUN_INLINE const std::byte* high_plane(const std::byte* block, int piece, in
     return block + at.high + piece * at.high_bits * kWordBytes + 4 * lane;
 }
 
+// Where weights are asked for ahead: in which cache, and how many bytes, or a little more.
+//
+// For many tokens in the second level: inputs come from there, and must not wait behind weights. So
+// too for one token and a brief stretch of weights, much of which was asked for before its phase.
+// In an extended one the first level serves it better, but where a piece is read in several places.
+enum class Stretch { brief, extended };
+struct PrefetchDistance {
+    int64_t bytes;
+    _mm_hint hint;
+};
+template <WeightType type, Stretch stretch>
+constexpr PrefetchDistance kPrefetchPacked =
+    stretch != Stretch::extended ? PrefetchDistance{8192, _MM_HINT_T1}
+    : Format<type>::sub_blocks   ? PrefetchDistance{4096, _MM_HINT_T1}
+                                 : PrefetchDistance{4096, _MM_HINT_T0};
+
+// Of the rows of a call for one token.
+constexpr int64_t kExtendedBytes = 96 * 1024;
+template <WeightType type>
+SMOLRUN_INLINE bool is_extended(int64_t columns, int64_t rows) {
+    return rows * (columns / layout(type).weights) * layout(type).bytes >= kExtendedBytes;
+}
+
 // Asks for weights some way ahead of a piece. The scales of a block of several pieces stand at its
 // end, and are needed first: so they are asked for first, and the rest a part with each piece.
-template <WeightType type>
+template <WeightType type, Stretch stretch>
 SMOLRUN_INLINE void prefetch_ahead(const std::byte* block, int piece) {
     using F = Format<type>;
-    constexpr int64_t blocks = (kPrefetchPacked + F::block_bytes - 1) / F::block_bytes;
+    constexpr PrefetchDistance ahead = kPrefetchPacked<type, stretch>;
+    constexpr int64_t blocks = (ahead.bytes + F::block_bytes - 1) / F::block_bytes;
     constexpr int64_t part = F::block_bytes / F::block_pieces;
     const int64_t first = (piece + F::block_pieces - 1) % F::block_pieces * part;
-    prefetch_second_level(block + blocks * F::block_bytes + first, part);
+    prefetch<ahead.hint>(block + blocks * F::block_bytes + first, part);
 }
 
 // Calls work.operator()<quad>(codes) for some quads of a piece. `lane`: the first row in the group.

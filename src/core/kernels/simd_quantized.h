@@ -95,7 +95,7 @@ SMOLRUN_INLINE void add_piece(const std::byte* block, int piece, int lane, const
 }
 
 // `vectors` vectors of rows, from row `lane` of a group on, times some tokens of a panel.
-template <WeightType type, int vectors, int tokens>
+template <WeightType type, int vectors, int tokens, Stretch stretch = Stretch::brief>
 void multiply_tile(const std::byte* block, int64_t blocks, int lane, PanelInput input,
                    int64_t panel, int64_t rows, float* out, int64_t out_stride) {
     using F = Format<type>;
@@ -105,7 +105,7 @@ void multiply_tile(const std::byte* block, int64_t blocks, int lane, PanelInput 
     }
     for (int64_t b = 0; b < blocks; ++b, block += F::block_bytes) {
         for (int piece = 0; piece < F::block_pieces; ++piece) {
-            prefetch_ahead<type>(block, piece);
+            prefetch_ahead<type, stretch>(block, piece);
             for (int v = 0; v < vectors; ++v) {
                 add_piece<type>(block, piece, lane + v * kLanes, input, totals[v]);
             }
@@ -126,11 +126,11 @@ void multiply_tile(const std::byte* block, int64_t blocks, int lane, PanelInput 
 template <WeightType type, int tokens>
 void multiply_group(const std::byte* group, int64_t blocks, const PanelInput& input, int64_t panel,
                     int64_t rows, float* out, int64_t out_stride) {
-    constexpr int vectors = static_cast<int>(kGroupRows) / kLanes;
     // Many tokens leave registers for one vector only; few wait for the weights, which are then
     // better read in order.
     if constexpr (tokens <= 2) {
-        multiply_tile<type, vectors, tokens>(group, blocks, 0, input, panel, rows, out, out_stride);
+        multiply_tile<type, kGroupVectors, tokens>(group, blocks, 0, input, panel, rows, out,
+                                                   out_stride);
     } else {
         for (int lane = 0; lane < smaller(kGroupRows, rows); lane += kLanes) {
             multiply_tile<type, 1, tokens>(group, blocks, lane, input, panel, rows - lane,
@@ -163,10 +163,17 @@ void multiply_quantized(const Matrix& weights, const Activations& input, int64_t
                         [[maybe_unused]] std::byte* scratch) {
     const int64_t pieces = weights.columns / kPieceWeights;
     const int64_t blocks = pieces / Format<type>::block_pieces;
+    const bool extended = tokens == 1 && is_extended<type>(weights.columns, row_end - row_begin);
     for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
         const std::byte* const group =
             weights.data + row / kGroupRows * blocks * Format<type>::block_bytes;
         float* const to = out + row - row_begin;
+        if (extended) {
+            multiply_tile<type, kGroupVectors, 1, Stretch::extended>(
+                group, blocks, 0, {input.words, input.scales}, input.panel, row_end - row, to,
+                out_stride);
+            continue;
+        }
         if constexpr (kUnpackedTileTokens != 0) {
             if (tokens > 2 * kTileTokens) {
                 multiply_unpacked<type>(group, input, tokens, row_end - row, to, out_stride,

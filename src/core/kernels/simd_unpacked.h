@@ -150,7 +150,7 @@ void multiply_unpacked(const std::byte* group, const Activations& input, int64_t
         for (int64_t i = 0; i < part.count; ++i) {
             const std::byte* const block = group + (first + i) / F::block_pieces * F::block_bytes;
             const int piece = static_cast<int>((first + i) % F::block_pieces);
-            prefetch_ahead<type>(block, piece);
+            prefetch_ahead<type, Stretch::brief>(block, piece);
             for (int v = 0; v < kGroupVectors; ++v) unpack<type>(block, piece, v, unpacked[i]);
         }
         for (int64_t token = 0; token < tokens; token += input.panel) {
