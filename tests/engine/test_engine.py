@@ -442,3 +442,23 @@ def test_timings_and_counts(engine: Engine) -> None:
     assert statistics["prompt_tokens"] == 140
     assert statistics["cached_tokens"] == 64
     assert statistics["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("handover", [False, True])
+def test_readers_get_a_moment_between_steps(
+    monkeypatch: pytest.MonkeyPatch, handover: bool
+) -> None:
+    """Where they could not run beside a step, and only where there are any."""
+    moments: list[float] = []
+    monkeypatch.setattr(time, "sleep", moments.append)
+    engine = fake_engine(handover=handover)
+    tokens, _ = collect(engine.submit([1, 2, 3], parameters(max_tokens=9), TokenOutput()))
+    assert tokens == solo([1, 2, 3], {"max_tokens": 9})
+    assert len(moments) == (8 if handover else 0)
+    fake_of(engine).hold()
+    request = engine.submit([1, 2, 3], parameters(max_tokens=9), TokenOutput())
+    request.skip_to_end()
+    fake_of(engine).go_on()
+    assert collect(request)[0] == []
+    assert len(moments) == (8 if handover else 0)
+    engine.close()

@@ -42,6 +42,9 @@ T = TypeVar("T")
 # (docs/decisions.md).
 SHARED_CHUNK = 16
 DEFAULT_TERMS = Terms()
+# How long the loop waits with the next step when readers were handed something; what it comes to
+# is the least that the system can sleep, some 50 microseconds.
+HANDOVER_SECONDS = 1e-6
 
 
 class Engine:
@@ -58,6 +61,9 @@ class Engine:
         max_sequences: requests that share steps, at most; others wait their turn.
         shared_chunk: prompt tokens of one step, at most, while others are generating; for each
             of these two more.
+        handover: let readers take what they were handed before the next step. For a runner that
+            keeps every core busy: a reader's thread that came in between would take one of them,
+            and the others would wait for that one.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Engine:
         max_step_tokens: int = 256,
         max_sequences: int = 16,
         shared_chunk: int = SHARED_CHUNK,
+        handover: bool = False,
     ) -> None:
         if blocks_for(context_size) > kv_blocks:
             raise ResourceError(
@@ -89,6 +96,8 @@ class Engine:
         )
         self.max_sequences = max_sequences
         self.places = Places()
+        self.handover = handover
+        self._handed = False  # somebody was handed something since the last step
         self.on_step: Callable[[int], None] | None = None  # called with the tokens of each step
         self._scheduler = Scheduler(self.pool, max_step_tokens, max_sequences, shared_chunk)
         self._logits = np.empty((max_sequences, vocab_size), np.float32)
@@ -313,6 +322,10 @@ class Engine:
         except Exception as error:
             self._fail(scheduler.first(), error)
         chunks = scheduler.plan()
+        if self._handed and chunks:
+            self._handed = False
+            if self.handover:
+                time.sleep(HANDOVER_SECONDS)
         if chunks:
             # Of readers hidden states are wanted: logits would cost more than all else.
             readers = [chunk for chunk in chunks if isinstance(chunk.sequence, Reading)]
@@ -396,12 +409,15 @@ class Engine:
         # Finite logits vouch for every key and value they depend on.
         self.pool.commit(sequence.table, sequence.tokens, sequence.computed)
         reason = sequence.append(token.id)
+        handed = False
         if reason != "stop":
             events, stopped = sequence.output.push(token)
-            sequence.emit(events)
+            handed = sequence.emit(events)
             reason = "stop" if stopped else reason
         if reason is not None:
             self._finish(sequence, reason)
+        else:
+            self._handed |= handed
 
     def _take(self, chunk: Chunk, sequence: Given, rows: npt.NDArray[np.float32]) -> None:
         """Take note of a computed chunk of tokens that were given, with what was wanted of it."""

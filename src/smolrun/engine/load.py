@@ -14,6 +14,7 @@ from smolrun.engine.engine import Engine
 from smolrun.engine.machine import (
     KvPlan,
     Limit,
+    available_cpus,
     choose_threads,
     memory_available,
     plan_kv_blocks,
@@ -245,6 +246,7 @@ def _started(
         model=hashlib.sha256(f"{identity}\n{plan.config}".encode()).digest(),
         max_step_tokens=MAX_STEP_TOKENS,
         max_sequences=max_sequences,
+        handover=plan.threads.value >= available_cpus(),
     )
 
 

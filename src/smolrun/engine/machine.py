@@ -95,6 +95,11 @@ def measured_ceilings(isa: str, threads: int, samples: int) -> dict[str, list[fl
     return _core.ceilings(isa, threads, samples, read_bytes)
 
 
+def available_cpus() -> int:
+    """CPUs this process may run on."""
+    return int(_core.machine()["affinity"])
+
+
 def choose_threads(
     root: Path = Path("/"), environ: Mapping[str, str] | None = None, threads: int | None = None
 ) -> Limit:
@@ -114,7 +119,7 @@ def choose_threads(
     found = _core.machine()
     limits = [
         Limit(found["physical_cores"], "physical cores"),
-        Limit(found["affinity"], "CPUs this process may run on"),
+        Limit(available_cpus(), "CPUs this process may run on"),
     ]
     quota = _cpu_quota(root)
     if quota is not None:

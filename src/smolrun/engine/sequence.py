@@ -170,14 +170,18 @@ class Sequence:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
-    def emit(self, events: Iterable[Any]) -> None:
-        """Hand events to the caller, unless it only waits for the end.
+    def emit(self, events: Iterable[Any]) -> bool:
+        """Hand events to the caller, unless it only waits for the end; says whether it did.
 
         Waking the caller's thread for each token costs as much as everything else beside the step.
         """
-        if not self.ending_only:
-            for event in events:
-                self._put("event", event)
+        if self.ending_only:
+            return False
+        handed = False
+        for event in events:
+            self._put("event", event)
+            handed = True
+        return handed
 
     def fail(self, error: Exception) -> None:
         """Hand the caller an error, the last thing it sees."""
