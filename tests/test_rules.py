@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import SECONDS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "smolrun"
 CORE = REPOSITORY / "src" / "core"
@@ -122,6 +124,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "'huggingface_hub', 'rich', 'prompt_toolkit'}; print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=SECONDS
     )
     assert done.stdout.strip() == "[]"

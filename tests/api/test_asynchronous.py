@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from smolrun import (
     TextEvent,
 )
 from tests.engine.fakes import GatedRunner
+from tests.waiting import SECONDS, eventually, joined, started
 
 QUESTION = "Why is the sky blue?"
 SEEDED: dict[str, Any] = {"max_tokens": 12, "seed": 7, "temperature": 0.9}
@@ -33,6 +34,10 @@ def gated(tiny_folder: Path) -> Iterator[tuple[Model, GatedRunner]]:
         runner = model.loaded.engine.runner = GatedRunner(model.loaded.engine.runner)
         yield model, runner
         runner.go_on()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    assert await asyncio.to_thread(eventually, condition)
 
 
 def ended(model: Model, *, cancelled: int) -> None:
@@ -97,7 +102,7 @@ def test_rendering_and_tokenizing_leave_the_loop_free(
     honest, ticked = template.encode, threading.Event()
 
     def waiting(*arguments: Any, **options: Any) -> Any:
-        assert ticked.wait(20)
+        assert ticked.wait(SECONDS)
         return honest(*arguments, **options)
 
     async def main() -> None:
@@ -145,14 +150,14 @@ async def leave_the_block(model: AsyncModel) -> None:
 
 
 async def cancel_the_task(model: AsyncModel) -> None:
-    started = asyncio.Event()
+    began = asyncio.Event()
 
     async def read() -> None:
         async for _ in model.stream(QUESTION, ignore_eos=True):
-            started.set()
+            began.set()
 
     task = asyncio.create_task(read())
-    await started.wait()
+    await asyncio.wait_for(began.wait(), SECONDS)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -160,8 +165,7 @@ async def cancel_the_task(model: AsyncModel) -> None:
 
 async def cancel_a_whole_answer(model: AsyncModel) -> None:
     task = asyncio.create_task(model.chat(QUESTION, ignore_eos=True))
-    while not model.model.statistics()["running"]:
-        await asyncio.sleep(0.001)
+    await until(lambda: model.model.statistics()["running"])
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -199,12 +203,12 @@ def test_a_task_cancelled_while_it_prepares(
 
     def waiting(*arguments: Any, **options: Any) -> Any:
         began.set()
-        assert go_on.wait(20)
+        assert go_on.wait(SECONDS)
         return honest(*arguments, **options)
 
     async def main() -> None:
         task = asyncio.create_task(AsyncModel(model).chat(QUESTION, ignore_eos=True))
-        await asyncio.to_thread(began.wait)
+        await asyncio.to_thread(began.wait, SECONDS)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -212,8 +216,8 @@ def test_a_task_cancelled_while_it_prepares(
 
     monkeypatch.setattr(template, "encode", waiting)
     asyncio.run(main())
-    while model.statistics()["requests"] < 1:  # cancelled ones count, too
-        pass
+    # Cancelled ones count, too.
+    assert eventually(lambda: model.statistics()["requests"])
     ended(model, cancelled=1)
 
 
@@ -242,8 +246,7 @@ def test_who_stops_reading_holds_up_nobody(model: Model) -> None:
         first = await anext(slow)
         for _ in range(3):
             other = await asynchronous.generate("A small model", **options)
-        while model.statistics()["running"]:
-            await asyncio.sleep(0.001)
+        await until(lambda: not model.statistics()["running"])
         assert slow._stream is not None
         assert slow._stream._request._sequence.events.qsize() <= 102
         assert other.token_ids == model.generate("A small model", **options).token_ids
@@ -268,11 +271,7 @@ def test_several_event_loops_share_a_model(model: Model) -> None:
         ]
         found[number] = [result.text for result in await asyncio.gather(*answers)]
 
-    threads = [threading.Thread(target=asyncio.run, args=(main(n),)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(asyncio.run, main(n)) for n in range(3)])
     assert [found[number] for number in range(3)] == [expected] * 3
 
 
@@ -298,8 +297,7 @@ def test_closing_ends_what_is_under_way(gated: tuple[Model, GatedRunner]) -> Non
     async def main() -> None:
         asynchronous = AsyncModel(model)
         answer = asyncio.create_task(asynchronous.chat(QUESTION, ignore_eos=True))
-        while not model.statistics()["running"]:
-            await asyncio.sleep(0.001)
+        await until(lambda: model.statistics()["running"])
         closing = asyncio.create_task(asynchronous.close())
         await asyncio.sleep(0.01)
         runner.go_on()

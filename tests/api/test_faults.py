@@ -15,6 +15,7 @@ import pytest
 
 from smolrun import Model, SmolrunError
 from tests.package import SOURCE
+from tests.waiting import SECONDS
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 
@@ -96,5 +97,6 @@ def test_memory_ends_anywhere(tiny_folder: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        timeout=2 * SECONDS,  # it loads dozens of times
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

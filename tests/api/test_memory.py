@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.package import SOURCE
+from tests.waiting import SECONDS
 
 MAKER = Path(__file__).resolve().parents[2] / "benchmarks" / "make_random_model.py"
 ANSWER = """
@@ -48,13 +49,16 @@ print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) *
 def test_one_copy_of_everything(arguments: list[str], beside: int, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     path = tmp_path / "m.gguf"
-    subprocess.run([sys.executable, MAKER, path, *arguments], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, MAKER, path, *arguments], check=True, env=environment, timeout=SECONDS
+    )
     done = subprocess.run(
         [sys.executable, "-c", ANSWER, path],
         check=True,
         env=environment,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
     assert int(done.stdout) - path.stat().st_size < beside
 
@@ -66,12 +70,13 @@ def test_converting_holds_a_piece_of_the_weights(source: str, target: str, tmp_p
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     shape = ["--preset", "SmolLM2-360M", "--layers", "4", "--type", "F32"]  # 0.35 GB
     made = [sys.executable, str(MAKER), str(tmp_path / source), *shape]
-    subprocess.run(made, check=True, env=environment)
+    subprocess.run(made, check=True, env=environment, timeout=SECONDS)
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, tmp_path / source, tmp_path / target],
         check=True,
         env=environment,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
     assert int(done.stdout) < 200 << 20

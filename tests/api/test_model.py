@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from smolrun.model.reference import ReferenceRunner
 from smolrun.quant.types import WeightType
 from tests.engine.fakes import GatedRunner
 from tests.models import nmse, values_of
+from tests.waiting import SECONDS, eventually, joined, started
 
 from .tiny import VOCABULARY, make_folder
 
@@ -61,7 +61,9 @@ def greedy(oracle: ReferenceRunner, ids: list[int], count: int) -> list[int]:
 def test_importing_smolrun_imports_nothing_else() -> None:
     heavy = ["numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "safetensors"]
     code = f"import sys, smolrun; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SECONDS
+    )
     assert done.stdout.strip() == "[]"
     for name in smolrun.__all__:
         assert getattr(smolrun, name) is not None
@@ -236,11 +238,7 @@ def test_threads_get_what_each_alone_gets(model: Model) -> None:
     def work(number: int) -> None:
         found[number] = model.generate(prompts[number], temperature=1, seed=1, max_tokens=25)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work, n) for n in range(len(prompts))])
     assert [found[n].token_ids for n in range(12)] == [r.token_ids for r in expected]
     assert model.statistics()["kv_blocks_held"] == 0
 
@@ -285,6 +283,8 @@ INTERRUPTED = """
 import os, pathlib, signal, sys, threading
 from smolrun import Model
 
+wakes = sys.argv[2] == "wakes"
+
 with Model(pathlib.Path(sys.argv[1]), threads=1) as model:
     runner, steps = model.loaded.engine.runner, []
 
@@ -293,11 +293,12 @@ with Model(pathlib.Path(sys.argv[1]), threads=1) as model:
             runner.step(*arrays)
             steps.append(1)
             if len(steps) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-                # The main thread sits in chat(). A signal that comes just before it falls asleep
-                # wakes it only with its next event: the one of this step.
-                stopped.wait(2)
-            elif len(steps) > 3:
+                # The main thread sits in chat(). One that comes just before it falls asleep does
+                # not wake it, no more than one that another thread takes.
+                if wakes:
+                    os.kill(os.getpid(), signal.SIGINT)
+                else:
+                    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
                 stopped.wait()
 
     stopped = threading.Event()
@@ -313,12 +314,14 @@ with Model(pathlib.Path(sys.argv[1]), threads=1) as model:
 """
 
 
-def test_ctrl_c_ends_the_request(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("signal", ["wakes", "does not wake"])
+def test_ctrl_c_ends_the_request(tiny_folder: Path, signal: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(tiny_folder)],
+        [sys.executable, "-c", INTERRUPTED, str(tiny_folder), signal],
         capture_output=True,
         text=True,
         check=False,
+        timeout=SECONDS,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("1 0 True\n", "", 0)
 
@@ -442,12 +445,10 @@ def test_closing(gated: tuple[Model, GatedRunner], tiny_folder: Path) -> None:
     runner.hold(5)
     stream = model.stream(QUESTION, ignore_eos=True)
     next(stream)
-    closing = threading.Thread(target=model.close)
-    closing.start()
-    while not model.loaded.engine.closed:
-        time.sleep(0.001)
+    closing = started(model.close)
+    assert eventually(lambda: model.loaded.engine.closed)
     runner.go_on()
-    closing.join()
+    joined([closing])
     with pytest.raises(SmolrunError, match="closed"):
         list(stream)
     with pytest.raises(SmolrunError, match="closed"):
@@ -470,7 +471,11 @@ def test_a_process_that_forgets_to_close_ends_well(tiny_folder: Path) -> None:
         "print('done')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tiny_folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 

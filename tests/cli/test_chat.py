@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from smolrun.cli.session import Session
 from smolrun.cli.terminal import Console
 from smolrun.errors import ContextLengthError, RequestError
 from tests.cli.fakes import FakeModel, environment, install, stdin_of
+from tests.waiting import SECONDS, eventually
 
 
 @pytest.fixture
@@ -270,12 +272,14 @@ class Screen:
 
     def until(self, text: bytes) -> None:
         """Read until a text shows that was not there at the last call."""
+        end = time.monotonic() + SECONDS
         while (place := self.output.find(text, self.seen)) < 0:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.output[-2000:]!r}"
             assert self.read(), f"{text!r} did not come: {self.output[-2000:]!r}"
         self.seen = place + len(text)
 
     def read(self) -> bool:
-        ready, _, _ = select.select([self.descriptor], [], [], 60)
+        ready, _, _ = select.select([self.descriptor], [], [], SECONDS)
         assert ready, f"nothing came: {self.output[-2000:]!r}"
         try:
             data = os.read(self.descriptor, 65536)
@@ -291,7 +295,18 @@ class Screen:
         while self.read():
             pass
         os.close(self.descriptor)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        ended, status = 0, 0
+
+        def gone() -> bool:
+            nonlocal ended, status
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            return ended == self.pid
+
+        if not eventually(gone):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise AssertionError(f"it does not end: {self.output[-2000:]!r}")
+        return os.waitstatus_to_exitcode(status)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
@@ -303,7 +318,7 @@ def test_control_c_stops_the_answer_then_leaves(tiny: Path, tmp_path: Path) -> N
     screen.type(b"hello\r")
     screen.until(b"\x1b[?2004l")  # the prompt is done with the terminal
     while len(screen.output) < screen.seen + 200:
-        screen.read()
+        assert screen.read(), screen.output[-2000:]
     screen.type(b"\x03")
     screen.until("· stopped".encode())
     screen.until(b">>>")

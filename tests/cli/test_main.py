@@ -13,6 +13,7 @@ import smolrun
 from smolrun.cli.main import VERBS, main
 from smolrun.errors import ContextLengthError, ModelFormatError, RequestError
 from tests.cli.fakes import environment, install
+from tests.waiting import SECONDS
 
 HEAVY = (
     "numpy", "tokenizers", "jinja2", "safetensors", "huggingface_hub", "rich", "prompt_toolkit",
@@ -31,6 +32,7 @@ def test_help_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         env=environment(HF_HOME=str(tmp_path), SMOLRUN_CACHE=str(tmp_path)),
+        timeout=SECONDS,
     )
     assert done.stdout.splitlines()[-1] == "loaded 0 []", done.stderr
 
@@ -41,7 +43,11 @@ def test_version_loads_the_core_alone() -> None:
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=SECONDS,
     )
     first, modules = done.stdout.splitlines()
     assert first.startswith(f"smolrun {smolrun.__version__} (")
@@ -167,7 +173,7 @@ def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     process.stdout.close()
     errors = process.stderr.read().decode()
     process.stderr.close()
-    assert process.wait() == 1
+    assert process.wait(SECONDS) == 1
     assert "Broken" not in errors
     assert "Traceback" not in errors
 
@@ -184,6 +190,7 @@ def test_closed_streams_are_no_error(arguments: str, tiny: Path) -> None:
             stdin=subprocess.DEVNULL,
             text=True,
             env=environment(),
+            timeout=SECONDS,
         )
         assert done.returncode == 0, (closed, done.stderr)
         assert "bug" not in done.stderr

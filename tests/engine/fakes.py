@@ -15,6 +15,7 @@ from smolrun.engine.kv import BLOCK_TOKENS
 from smolrun.engine.runner import Float32Array, Int32Array
 from smolrun.engine.sampling import SampledToken, SamplingParameters, sampling_parameters
 from smolrun.engine.sequence import Ending
+from tests.waiting import SECONDS
 
 VOCABULARY = 512
 HIDDEN_SIZE = 8
@@ -40,7 +41,7 @@ class Gate:
     def wait(self) -> None:
         passes = self._passes  # which go_on() may take away meanwhile
         if passes is not None:
-            assert passes.acquire(timeout=120), "the test never let the step go on"
+            assert passes.acquire(timeout=SECONDS), "the test never let the step go on"
 
 
 class GatedRunner(Gate):

@@ -32,6 +32,7 @@ from tests.engine.fakes import (
     prompts,
     solo,
 )
+from tests.waiting import eventually, joined, started
 
 SEEDED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "logprobs": True, "top_logprobs": 2}
 
@@ -300,8 +301,7 @@ def test_a_dropped_request_is_cancelled(engine: Engine) -> None:
 
 
 def healthy_after(engine: Engine, count: str) -> None:
-    while engine.statistics()["running"]:
-        time.sleep(0.001)
+    assert eventually(lambda: not engine.statistics()["running"])
     assert engine.statistics()[count] == 1
     healthy(engine)
 
@@ -311,7 +311,7 @@ def test_ctrl_c_cancels_the_request_it_interrupts(engine: Engine) -> None:
     request = engine.submit([1], parameters(), TokenOutput())
 
     class Interrupting:
-        def get(self) -> Any:
+        def get(self, timeout: float) -> Any:
             raise KeyboardInterrupt
 
     events, request._sequence.events = request._sequence.events, Interrupting()  # type: ignore[assignment]
@@ -355,11 +355,7 @@ def test_many_threads() -> None:
         request = engine.submit(some[number], parameters(**arguments), TokenOutput())
         found[number] = collect(request)[0]
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(24)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work, number) for number in range(24)])
     assert [found[number] for number in range(24)] == expected
     engine.close()
 
@@ -377,12 +373,10 @@ def test_close_ends_what_is_under_way() -> None:
     fake_of(engine).hold(1)
     request = engine.submit([1], parameters(), TokenOutput())
     next(request)
-    closing = threading.Thread(target=engine.close)
-    closing.start()
-    while not engine.closed:
-        time.sleep(0.001)
+    closing = started(engine.close)
+    assert eventually(lambda: engine.closed)
     fake_of(engine).go_on()
-    closing.join()
+    joined([closing])
     with pytest.raises(SmolrunError, match="closed"):
         list(request)
     with pytest.raises(SmolrunError, match="closed"):

@@ -14,6 +14,7 @@ from smolrun.engine.places import Places
 from smolrun.engine.sequence import Request, Terms
 from smolrun.errors import ClosedError, DeadlineError, QueueFullError, ResourceError
 from tests.engine.fakes import TokenOutput, collect, fake_engine, fake_of, parameters, solo
+from tests.waiting import SECONDS, eventually, joined, started
 
 
 def submit(engine: Engine, prompt: list[int], max_tokens: int, terms: Terms) -> Request:
@@ -35,14 +36,15 @@ def at_once(engine: Engine) -> Iterator[None]:
 
     def wait() -> None:
         began.set()
-        go_on.wait(60)
+        assert go_on.wait(SECONDS)
 
-    thread = threading.Thread(target=engine.call, args=(wait,))
-    thread.start()
-    began.wait()
-    yield
-    go_on.set()
-    thread.join()
+    thread = started(engine.call, wait)
+    try:
+        assert began.wait(SECONDS)
+        yield
+    finally:
+        go_on.set()
+        joined([thread])
 
 
 # --- turns ---
@@ -75,8 +77,7 @@ def test_a_short_prompt_overtakes_the_long_ones_of_another_key() -> None:
     runner = fake_of(engine)
     runner.hold(1)
     long = [submit(engine, [n] * 200, 2, Terms(key="a")) for n in range(3)]
-    while not runner.steps:
-        time.sleep(0.001)
+    assert eventually(lambda: runner.steps)
     short = submit(engine, [9] * 10, 2, Terms(key="b"))
     runner.go_on()
     assert collect(short)[0] == solo([9] * 10, {"max_tokens": 2})
@@ -109,13 +110,11 @@ def test_who_comes_back_is_owed_nothing_for_the_pause(engine: Engine) -> None:
     runner = fake_of(engine)
     runner.hold(30)
     requests = [submit(engine, [1] * 60, 100, Terms(key="a"))]
-    while len(runner.steps) < 30:
-        time.sleep(0.001)
+    assert eventually(lambda: len(runner.steps) >= 30)
     requests.append(submit(engine, [2] * 60, 100, Terms(key="b")))
     assert runner._passes is not None
     runner._passes.release(30)
-    while len(runner.steps) < 60:
-        time.sleep(0.001)
+    assert eventually(lambda: len(runner.steps) >= 60)
     assert abs(scheduler._served["a"] - scheduler._served["b"]) <= 62
     runner.go_on()
     for request in requests:
@@ -142,7 +141,7 @@ def test_places_and_the_queue_are_bounded(engine: Engine) -> None:
     runner.go_on()
     for number, request in enumerate(accepted):
         assert collect(request)[0] == solo([number], {"max_tokens": 10})
-    assert engine.places.wait_until_free(20)
+    assert engine.places.wait_until_free(SECONDS)
     collect(submit(engine, [1], 3, Terms()))
 
 
@@ -157,7 +156,7 @@ def test_a_place_is_taken_before_the_request_is_prepared(engine: Engine) -> None
     collect(submit(engine, [1], 3, Terms()))  # the place of the first is free again
     second.leave()
     second.leave()
-    assert engine.places.wait_until_free(20)
+    assert engine.places.wait_until_free(SECONDS)
     with engine.places.take()[0]:
         assert engine.places.taken == 1
     assert engine.places.taken == 0
@@ -171,15 +170,14 @@ def test_prompt_tokens_that_wait_are_bounded(engine: Engine) -> None:
     runner.hold()
     with at_once(engine):  # one by one, the first could start a step and the others wait for it
         running = [submit(engine, [1], 10, Terms()) for _ in range(4)]
-    while engine.statistics()["waiting_tokens"]:
-        time.sleep(0.001)
+    assert eventually(lambda: not engine.statistics()["waiting_tokens"])
     waiting = [submit(engine, [2] * 200, 2, Terms())]  # one may always wait
     with pytest.raises(QueueFullError, match="prompts of 200 tokens wait, and at most 100 may"):
         submit(engine, [3], 2, Terms())
     runner.go_on()
     for request in running + waiting:
         collect(request)
-    assert engine.places.wait_until_free(20)
+    assert engine.places.wait_until_free(SECONDS)
     assert engine.places.waiting_tokens == 0
     collect(submit(engine, [3], 2, Terms()))
 
@@ -197,11 +195,10 @@ def test_places_come_back_however_a_request_ends(engine: Engine, how: str) -> No
     elif how == "fail":
         runner.before = lambda tokens, positions: 1 // 0  # type: ignore[assignment]
     else:
-        threading.Thread(target=engine.close).start()
-        while not engine.closed:
-            time.sleep(0.001)
+        started(engine.close)
+        assert eventually(lambda: engine.closed)
     runner.go_on()
-    assert engine.places.wait_until_free(20)
+    assert engine.places.wait_until_free(SECONDS)
     assert engine.places.waiting_tokens == 0
 
 
@@ -279,7 +276,7 @@ def test_draining(engine: Engine) -> None:
     runner.go_on()
     for n, request in enumerate(requests):
         assert collect(request)[0] == solo([n], {"max_tokens": 10})
-    assert engine.drain(timeout=20)
+    assert engine.drain(timeout=SECONDS)
 
 
 def test_a_request_that_can_never_run_does_not_hold_up_other_keys() -> None:

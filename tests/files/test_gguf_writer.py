@@ -21,6 +21,7 @@ from smolrun.files.gguf import GgufFile
 from smolrun.files.gguf_writer import GgufWriter, TensorInfo, TypedValue, metadata_of
 from smolrun.quant.types import WeightType
 from tests.package import SOURCE
+from tests.waiting import SECONDS
 
 INTEGER_RANGES = {
     **{f"u{bits}": (0, (1 << bits) - 1) for bits in (8, 16, 32, 64)},
@@ -247,7 +248,11 @@ with GgufWriter({str(old)!r}, {{}}, [TensorInfo("a", WeightType.F32, (1000,))]) 
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=SECONDS,
     )
     assert "OutputError" in done.stderr
     assert "File too large; write to a disk" in done.stderr

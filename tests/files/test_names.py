@@ -18,6 +18,7 @@ from smolrun.files.cache import cache_folder, hub_folder, quant_of
 from smolrun.files.hub import SAFETENSORS, HubName, choose_files
 from smolrun.files.names import cached_models, looks_like_model, remove, resolve
 from tests.files.hub_server import COMMIT, FakeHub, serve
+from tests.waiting import SECONDS
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
 UNQUANTIZED = {
@@ -346,5 +347,6 @@ def test_imports_bring_no_more_than_they_need(statement: str, absent: list[str])
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(source)},
+        timeout=SECONDS,
     )
     assert done.stdout.strip() == "[]", done.stderr

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from smolrun.errors import DownloadError
 from smolrun.files import index
 from smolrun.files.names import cached_models, remove, resolve
+from tests.waiting import SECONDS, eventually
 
 MODEL = bytes(range(256)) * 64
 
@@ -149,11 +149,12 @@ def test_a_kill_leaves_no_final_file(wheels: Path, tmp_path: Path) -> None:
         start_new_session=True,
     )
     own = tmp_path / "own"
-    while not list(own.glob("fetch-*")):
+    try:
+        assert eventually(lambda: process.poll() is not None or list(own.glob("fetch-*")))
         assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(SECONDS)
     assert files_in(own) == []
     left = list(own.glob("fetch-*"))
     os.utime(left[0], (0, 0))

@@ -16,13 +16,17 @@ from smolrun.quant.blocks import dequantize, tensor_values
 from smolrun.quant.types import WeightType
 from smolrun.text.tokenizer import Tokenizer
 from tests.package import SOURCE
+from tests.waiting import SECONDS
 
 MAKER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "make_random_model.py"
 
 
 def make(path: Path, *arguments: str) -> None:
     subprocess.run(
-        [sys.executable, MAKER, path, *arguments], check=True, env={"PYTHONPATH": str(SOURCE)}
+        [sys.executable, MAKER, path, *arguments],
+        check=True,
+        env={"PYTHONPATH": str(SOURCE)},
+        timeout=SECONDS,
     )
 
 

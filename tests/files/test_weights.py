@@ -25,6 +25,7 @@ from smolrun.model.random import random_weights
 from smolrun.model.reference import ReferenceRunner
 from smolrun.quant.blocks import tensor_values
 from tests.package import SOURCE
+from tests.waiting import SECONDS
 
 from .images import PROMPT, tiny_config, tiny_gguf, tiny_safetensors
 from .loading import run
@@ -152,13 +153,16 @@ def test_memory_never_holds_a_weight_twice(
 ) -> None:
     path = tmp_path / name
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    subprocess.run([sys.executable, MAKER, path, *arguments], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, MAKER, path, *arguments], check=True, env=environment, timeout=SECONDS
+    )
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, path, dtype],
         check=True,
         env=environment,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
     size = path.stat().st_size if path.is_file() else (path / "model.safetensors").stat().st_size
     assert size > 80 << 20  # so that a second copy would break the limit below

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from smolrun.integrations import batch
 from smolrun.integrations.batch import Done, run_batch
 from tests.api.tiny import make_folder
 from tests.package import SOURCE
+from tests.waiting import SECONDS, eventually
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -144,16 +144,21 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     kills = 0
     for lines in (1, 8, 15):
-        job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        while job.poll() is None and (
-            not target.exists() or target.read_bytes().count(b"\n") < lines
-        ):
-            pass
-        kills += job.poll() is None
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as job:
+
+            def far_enough(job: subprocess.Popen[bytes] = job, lines: int = lines) -> bool:
+                written = target.read_bytes().count(b"\n") if target.exists() else 0
+                return written >= lines or job.poll() is not None
+
+            try:
+                assert eventually(far_enough)
+                kills += job.poll() is None
+            finally:
+                job.kill()
     assert kills
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=SECONDS
+    )
     assert set(read(target)) == {str(n) for n in range(30)}
     assert "of 30 requests answered" in done.stderr
 

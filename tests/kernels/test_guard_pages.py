@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.kernels.helpers import each_isa
+from tests.waiting import SECONDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=SECONDS,
     )
 
 

@@ -14,6 +14,7 @@ from smolrun.engine.native import resolve_isa
 from smolrun.errors import ResourceError
 from smolrun.quant.types import WeightType
 from tests.native.models import Model, blocks_for, ints, run_sequence, small_config, step
+from tests.waiting import SECONDS, joined, started
 
 CONFIG = small_config(attention_bias=True)
 MODEL = Model.random(CONFIG, [WeightType.F32])
@@ -252,7 +253,7 @@ def test_one_step_at_a_time() -> None:
     start = threading.Barrier(4)
 
     def work() -> None:
-        start.wait()
+        start.wait(SECONDS)
         for _ in range(20):
             try:
                 found = run_sequence(runner, CONFIG, tokens, blocks_for(100), 100)
@@ -262,11 +263,7 @@ def test_one_step_at_a_time() -> None:
                 if not np.array_equal(found, expected):
                     wrong.append(found)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work) for _ in range(4)])
     assert not wrong
     assert all("one at a time" in message for message in refused)
     assert np.array_equal(run_sequence(runner, CONFIG, tokens, blocks_for(100), 7), expected)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import select
+import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from smolrun.quant.types import WeightType
 from tests.native.mappings import resident_of_size
 from tests.native.models import Model, blocks_for, ints, run_sequence, small_config
 from tests.package import SOURCE
+from tests.waiting import SECONDS, joined, started
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = small_config()
@@ -45,7 +47,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=SECONDS,
         env={**os.environ, "PYTHONPATH": path},
     )
 
@@ -75,6 +77,9 @@ def test_a_forked_child_gets_an_error_and_may_build_its_own() -> None:
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
+        answered, _, _ = select.select([pipe], [], [], SECONDS)
+        if not answered:
+            os.kill(child, signal.SIGKILL)
         verdict = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
     assert "load the model after the fork" in verdict
@@ -211,9 +216,5 @@ def test_many_python_threads_with_runners_of_their_own() -> None:
             found = run_sequence(runner, CONFIG, TOKENS, blocks_for(40), chunk)
             equal.append(np.array_equal(found, expected))
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work) for _ in range(6)])
     assert equal == [True] * 18

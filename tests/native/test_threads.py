@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import SECONDS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORE = REPOSITORY / "src" / "core"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -28,9 +30,12 @@ def test_phases_keep_their_order(tmp_path: Path, sanitizer: str) -> None:
         capture_output=True,
         text=True,
         env=environ,
+        timeout=2 * SECONDS,
     )
     if sanitizer and "cannot find" in built.stderr:
         pytest.skip("the compiler has no ThreadSanitizer")
     assert built.returncode == 0, built.stderr
-    ran = subprocess.run([program, "10"], capture_output=True, text=True, env=environ, timeout=300)
+    ran = subprocess.run(
+        [program, "10"], capture_output=True, text=True, env=environ, timeout=2 * SECONDS
+    )
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr

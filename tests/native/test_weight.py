@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import mmap
 import sys
-import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from smolrun import _core
 from smolrun.quant.types import WeightType
 from tests.native.mappings import resident_around
 from tests.native.models import Model, blocks_for, ints, random_blocks, run_sequence, small_config
+from tests.waiting import eventually, joined, started
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 
@@ -26,13 +26,9 @@ Source = tuple[str, int, int, Any, int, bool, bool]
 
 def packed(sources: list[Source], threads: int) -> list[_core.Weight]:
     packing = _core.Packing(sources)
-    helpers = [threading.Thread(target=packing.work, args=(1 << 62,)) for _ in range(threads - 1)]
-    for helper in helpers:
-        helper.start()
-    while not packing.work(1):
-        pass
-    for helper in helpers:
-        helper.join()
+    helpers = [started(packing.work, 1 << 62) for _ in range(threads - 1)]
+    assert eventually(lambda: packing.work(1))
+    joined(helpers)
     return packing.weights()
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ import httpx
 from smolrun import Model
 from smolrun.server.run import Loading, Server, bind
 from smolrun.server.service import Service, Settings
+from tests.waiting import SECONDS, eventually, joined
 
 CHAT = "/v1/chat/completions"
 GREEDY: dict[str, Any] = {
@@ -47,7 +48,7 @@ class Running:
         self.host, self.port = self._bound.getsockname()
         self.url = f"http://{self.host}:{self.port}"
         self._settings = settings
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         keys = settings.api_keys
         self.headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
 
@@ -57,17 +58,20 @@ class Running:
         self._level_before = logger.level
         logger.setLevel(logging.INFO)
         self._thread.start()
-        assert self._started.wait(30)
-        self.client = httpx.Client(base_url=self.url, timeout=60, headers=self.headers)
-        self.blocks_held = self.statistics()["kv_blocks_held"]
-        self.expected = self.answer()
+        assert self._started.wait(SECONDS)
+        self.client = httpx.Client(base_url=self.url, timeout=SECONDS, headers=self.headers)
+        try:
+            self.blocks_held = self.statistics()["kv_blocks_held"]
+            self.expected = self.answer()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self.server.should_exit = self.server.force_exit = True
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+        joined([self._thread])
         logger = logging.getLogger("smolrun.server")
         logger.removeHandler(self.log)
         logger.setLevel(self._level_before)
@@ -104,9 +108,9 @@ class Running:
     def statistics(self) -> dict[str, int]:
         return self.model.statistics()
 
-    def settled(self, seconds: float = 10) -> bool:
+    def settled(self) -> bool:
         """Wait until nothing runs or waits."""
-        return eventually(lambda: not self.service.places_taken and self._idle(), seconds)
+        return eventually(lambda: not self.service.places_taken and self._idle())
 
     def _idle(self) -> bool:
         found = self.statistics()
@@ -120,16 +124,6 @@ class Running:
         assert self.settled()
         assert self.statistics()["kv_blocks_held"] == self.blocks_held
         assert not [r for r in self.log.records if r.exc_info], "a traceback was logged"
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    """Whether a condition comes true before long."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def chunks_of(response: httpx.Response) -> list[Any]:

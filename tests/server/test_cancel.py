@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,15 +16,16 @@ import pytest
 from smolrun import Model
 from smolrun.server.limits import Limits
 from smolrun.server.service import Settings
+from tests.waiting import eventually
 
-from .running import CHAT, GREEDY, Running, eventually, slowed
+from .running import CHAT, GREEDY, Running, slowed
 
 LONG: dict[str, Any] = {**GREEDY, "max_tokens": 1500, "ignore_eos": True}
 
 
 @pytest.fixture(autouse=True)
 def slow(model: Model) -> Iterator[None]:
-    """1500 tokens take 15 s, so that what ends at once ends early."""
+    """1500 tokens take 15 s at least: a client goes long before they are there."""
     with slowed(model, 0.01):
         yield
 
@@ -54,9 +54,8 @@ def messages(server: Running) -> list[str]:
 
 
 def check_ends_early(server: Running, cancelled: int) -> None:
-    started = time.monotonic()
-    assert server.settled(8)
-    assert time.monotonic() - started < 8
+    """One that ran to its end does not count as cancelled."""
+    assert server.settled()
     assert server.statistics()["cancelled"] == cancelled + 1
     assert eventually(lambda: server.statistics()["kv_blocks_held"] == server.blocks_held)
 
@@ -89,10 +88,11 @@ def test_a_client_is_killed(healthy: Running) -> None:  # CAN-02
         f"s = socket.create_connection(({healthy.host!r}, {healthy.port})); "
         f"s.sendall({post(CHAT, LONG)!r}); time.sleep(60)"
     )
-    client = subprocess.Popen([sys.executable, "-S", "-c", script])
-    assert eventually(lambda: running(healthy))
-    client.kill()
-    client.wait()
+    with subprocess.Popen([sys.executable, "-S", "-c", script]) as client:
+        try:
+            assert eventually(lambda: running(healthy))
+        finally:
+            client.kill()
     check_ends_early(healthy, cancelled)
 
 
@@ -142,8 +142,8 @@ def test_a_client_that_stops_reading(model: Model) -> None:  # CAN-04
             connection.sendall(post(CHAT, body))
             assert eventually(lambda: running(server))
             assert server.answer() == server.expected  # it blocks nobody
-            assert eventually(lambda: "dropped a slow client" in messages(server), 60)
-            assert server.settled(30)
+            assert eventually(lambda: "dropped a slow client" in messages(server))
+            assert server.settled()
             assert server.statistics()["cancelled"] > cancelled
         connection.close()
         server.check_health()

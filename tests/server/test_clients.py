@@ -18,6 +18,7 @@ import pytest
 from smolrun import Model, NonFiniteError
 from smolrun.server.limits import Limits
 from smolrun.server.service import Settings
+from tests.waiting import SECONDS
 
 from .running import GREEDY, Running, slowed
 
@@ -33,7 +34,7 @@ def guarded(model: Model) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(guarded: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=guarded.url + "/v1", api_key=KEY) as client:
+    with openai.OpenAI(base_url=guarded.url + "/v1", api_key=KEY, timeout=SECONDS) as client:
         yield client
 
 
@@ -78,7 +79,7 @@ def test_openai_errors(client: openai.OpenAI, guarded: Running) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=[])
     assert bad.value.param == "messages"
-    stranger = openai.OpenAI(base_url=guarded.url + "/v1", api_key="wrong")
+    stranger = openai.OpenAI(base_url=guarded.url + "/v1", api_key="wrong", timeout=SECONDS)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     with pytest.raises(openai.BadRequestError) as long:
@@ -122,7 +123,9 @@ def test_openai_async(guarded: Running) -> None:  # CLI-01
         return text
 
     async def run() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=guarded.url + "/v1", api_key=KEY) as client:
+        async with openai.AsyncOpenAI(
+            base_url=guarded.url + "/v1", api_key=KEY, timeout=SECONDS
+        ) as client:
             return await asyncio.gather(*[ask(client, 8) for _ in range(6)])
 
     assert asyncio.run(run()) == [guarded.expected] * 6
@@ -132,7 +135,7 @@ def test_openai_comes_back_when_the_queue_is_full(model: Model) -> None:  # SRV-
     limits = replace(Limits(), queued_requests=4)
     with (
         Running(model, Settings(limits=limits, names=("tiny",))) as running,
-        openai.OpenAI(base_url=running.url + "/v1", api_key="none") as client,
+        openai.OpenAI(base_url=running.url + "/v1", api_key="none", timeout=SECONDS) as client,
         slowed(model, 0.005),
         ThreadPoolExecutor(16) as pool,
     ):
@@ -160,7 +163,8 @@ def test_llm(guarded: Running, tmp_path: Path) -> None:  # CLI-01
         done = subprocess.run(
             [sys.executable, "-m", "llm", "-m", "tiny", "--key", KEY, "-o", "temperature", "0",
              "-o", "max_tokens", "30", "-n", *flags, "Why is the sky blue?"],
-            capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120, check=False,
+            capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
+            timeout=SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     guarded.check_health()

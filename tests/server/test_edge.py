@@ -19,8 +19,9 @@ from smolrun.server.app import ROUTES
 from smolrun.server.logs import JsonFormatter, TextFormatter
 from smolrun.server.run import check_bind
 from smolrun.server.service import Settings
+from tests.waiting import SECONDS, eventually
 
-from .running import CHAT, GREEDY, Running, eventually
+from .running import CHAT, GREEDY, Running
 
 KEYS = ("sk-first-key", "sk-second-key-which-is-longer")
 
@@ -35,15 +36,14 @@ def guarded(model: Model) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def stranger(guarded: Running) -> Iterator[httpx.Client]:
     """A client without a key."""
-    with httpx.Client(base_url=guarded.url) as client:
+    with httpx.Client(base_url=guarded.url, timeout=SECONDS) as client:
         yield client
 
 
 def talk(server: Running, data: bytes) -> bytes:
     """Bytes of the whole reply to bytes."""
-    with socket.create_connection((server.host, server.port), 30) as connection:
+    with socket.create_connection((server.host, server.port), SECONDS) as connection:
         connection.sendall(data)
-        connection.settimeout(30)
         found = b""
         try:
             while piece := connection.recv(65536):

@@ -18,8 +18,9 @@ from smolrun.engine.sampling import Sampler
 from smolrun.server import chat
 from smolrun.server.service import Settings
 from smolrun.text.chat import ChatTemplate
+from tests.waiting import SECONDS, eventually
 
-from .running import CHAT, GREEDY, Running, chunks_of, eventually, slowed
+from .running import CHAT, GREEDY, Running, chunks_of, slowed
 
 CLIENTS = 64
 KEYS = ("key-a", "key-b")
@@ -65,7 +66,7 @@ def test_many_clients_at_once(wide: Running) -> None:  # ISO-01, shortened
     alone = [texts(wide.post(CHAT, body)) for body in bodies]
 
     def ask(number: int) -> bool:
-        with httpx.Client(base_url=wide.url, timeout=120) as client:
+        with httpx.Client(base_url=wide.url, timeout=SECONDS) as client:
             if number % 4 == 3:  # this one leaves
                 body = {**bodies[number], "max_tokens": 1000, "stream": True}
                 with client.stream("POST", CHAT, json=body) as reply:

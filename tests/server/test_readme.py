@@ -15,6 +15,7 @@ import pytest
 
 from smolrun import Model
 from smolrun.server.service import Settings
+from tests.waiting import SECONDS
 
 from .running import Running
 
@@ -45,7 +46,7 @@ def test_curl(served: Running) -> None:  # CLI-01
         assert served.url in command
         done = subprocess.run(
             ["bash", "-c", command.replace("curl ", "curl -sS --fail-with-body ", 1)],
-            capture_output=True, text=True, check=False, timeout=60, env=environ,
+            capture_output=True, text=True, check=False, timeout=SECONDS, env=environ,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         replies.append(done.stdout)
@@ -58,6 +59,6 @@ def test_python(served: Running) -> None:  # CLI-01
     (script,) = blocks("python")
     script = script.replace("http://127.0.0.1:8080", served.url)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=SECONDS
     )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from .running import CHAT, GREEDY, eventually
+from tests.waiting import eventually
+
+from .running import CHAT, GREEDY
 from .test_process import command, large, serving
 
 __all__ = ["large"]  # a fixture
@@ -99,7 +101,7 @@ def test_nothing_grows(large: Path) -> None:
             for job in jobs:
                 job.result()
             idle = "smolrun:num_requests_running 0.0"
-            assert eventually(lambda: idle in client.get("/metrics").text, 30)
+            assert eventually(lambda: idle in client.get("/metrics").text)
             late = State(pid)
             assert client.post(CHAT, json=GREEDY).json()["choices"] == expected
         assert statuses <= {200, 400, 429, 499}

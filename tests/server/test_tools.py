@@ -24,6 +24,7 @@ from tests.api.test_tools import (
     scripted,
 )
 from tests.api.tiny import make_folder
+from tests.waiting import SECONDS
 
 from .running import CHAT, Running, chunks_of
 
@@ -127,7 +128,7 @@ def test_a_model_that_knows_no_tools(server: Running) -> None:
 
 def test_a_whole_conversation(caller: Running) -> None:
     """Calls come back as OpenAI's client sends them, and the model sees them and their results."""
-    with openai.OpenAI(base_url=caller.url + "/v1", api_key="none") as client:
+    with openai.OpenAI(base_url=caller.url + "/v1", api_key="none", timeout=SECONDS) as client:
         tools: Any = TOOLS
         messages: list[Any] = [USER]
         first = client.chat.completions.create(

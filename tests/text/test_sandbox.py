@@ -7,7 +7,6 @@ import locale
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from smolrun.errors import TemplateError
 from smolrun.text import probe, sandbox
 from smolrun.text.chat import ChatTemplate
 from smolrun.text.sandbox import LimitError, environment, strftime
+from tests.waiting import SECONDS, joined, started
 
 from .support import byte_tokenizer
 
@@ -266,11 +266,7 @@ def test_threads_have_budgets_of_their_own() -> None:
         except LimitError as error:
             results[place] = type(error)
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work, place) for place in range(6)])
     assert results == {place: 30_000 if place % 2 else LimitError for place in range(6)}
 
 
@@ -304,6 +300,10 @@ def test_the_trial_starts_light() -> None:
         "print(sorted({'numpy', 'tokenizers', 'rich', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-S", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=SECONDS,
     )
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +17,7 @@ from smolrun.files.checkpoint import open_checkpoint
 from smolrun.files.tokenizer_data import CONTROL, NORMAL
 from smolrun.text.chat import ChatTemplate
 from smolrun.text.tokenizer import IncrementalDecoder, Tokenizer
+from tests.waiting import joined, started
 
 from .support import BYTE_ALPHABET, byte_tokenizer, gguf_data, tokenizer
 
@@ -125,11 +125,7 @@ def test_two_threads_may_parse_differently_at_once(tiny_gguf: Tokenizer) -> None
             if tiny_gguf.encode(text, parse_special=flag) != expected[flag]:
                 failures.append(flag)
 
-    threads = [threading.Thread(target=work, args=(flag,)) for flag in (True, False) * 2]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    joined([started(work, flag) for flag in (True, False) * 2])
     assert expected[True] != expected[False]
     assert not failures
 

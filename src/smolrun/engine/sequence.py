@@ -15,6 +15,10 @@ from smolrun.errors import DeadlineError
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
+# A signal that comes just before a thread falls asleep does not wake it, and an answer that is
+# waited for as a whole has no event but its last: so the thread looks up that often.
+_SIGNAL_SECONDS = 0.5
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -238,12 +242,15 @@ class Request:
     def __next__(self) -> Any:
         if self._ended:
             raise StopIteration
-        try:
-            entry = self._sequence.events.get()
-        except BaseException:  # Ctrl-C: nobody waits for the answer any more
-            self.cancel()
-            raise
-        return self._taken(entry)
+        while True:
+            try:
+                entry = self._sequence.events.get(timeout=_SIGNAL_SECONDS)
+            except queue.Empty:
+                continue
+            except BaseException:  # Ctrl-C: nobody waits for the answer any more
+                self.cancel()
+                raise
+            return self._taken(entry)
 
     def poll(self) -> Any:
         """The next event, or None where there is none yet; StopIteration after the last."""
