@@ -12,8 +12,9 @@ import pytest
 
 from smolrun import Model
 from smolrun.server.service import Settings
+from tests.waiting import eventually
 
-from .running import CHAT, GREEDY, Running, chunks_of, eventually
+from .running import CHAT, GREEDY, Running, chunks_of
 
 SCHEMA = {
     "type": "object",
@@ -143,4 +144,4 @@ def test_the_vocabulary_is_prepared_at_the_start(folder: Path) -> None:
         assert grammars is not None
         assert not grammars.prepared
         with Running(model, Settings()):
-            assert eventually(lambda: grammars.prepared, 60)
+            assert eventually(lambda: grammars.prepared)
