@@ -98,8 +98,6 @@ class Forward:
         self, tokens: npt.NDArray[np.int32], start_pos: int, all_positions: bool
     ) -> npt.NDArray[np.float32]:
         batch, count = tokens.shape
-        self._engine.call(lambda: self._prepare(batch, start_pos, start_pos + count))
-        tables = table_array(self._tables)
         # Sequence after sequence: the logits of a step are then neighbours in the result.
         tokens = tokens.reshape(-1)
         places = np.arange(batch * count, dtype=np.int32)
@@ -107,22 +105,25 @@ class Forward:
         positions = start_pos + offsets
         wanted = places if all_positions else places[offsets == count - 1]
         logits = np.empty((len(wanted), self._engine.vocab_size), np.float32)
-        for begin in range(0, batch * count, self._engine.max_step_tokens):
-            end = min(begin + self._engine.max_step_tokens, batch * count)
+
+        def step(begin: int, end: int) -> None:
+            if begin == 0:  # not a call of its own: a token is short beside two switches of threads
+                self._prepare(batch, start_pos, start_pos + count)
             low, high = np.searchsorted(wanted, (begin, end))
             first, last = sequences[begin], sequences[end - 1] + 1
-            self._engine.call(
-                partial(
-                    self._engine.runner.step,
-                    tokens[begin:end],
-                    positions[begin:end],
-                    sequences[begin:end] - first,
-                    tables[first:last],
-                    wanted[low:high] - np.int32(begin),
-                    logits[low:high],
-                )
+            self._engine.runner.step(
+                tokens[begin:end],
+                positions[begin:end],
+                sequences[begin:end] - first,
+                table_array(self._tables[first:last]),
+                wanted[low:high] - np.int32(begin),
+                logits[low:high],
             )
             check_finite(logits[low:high])
+
+        for begin in range(0, batch * count, self._engine.max_step_tokens):
+            end = min(begin + self._engine.max_step_tokens, batch * count)
+            self._engine.call(partial(step, begin, end))
         return logits.reshape(batch, -1, self._engine.vocab_size)
 
     def _prepare(self, batch: int, start_pos: int, end: int) -> None:
