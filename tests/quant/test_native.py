@@ -82,6 +82,32 @@ def test_importance_moves_the_error(weight_type: WeightType) -> None:
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("weight_type", [WeightType.Q2_K, WeightType.Q3_K])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_of_few_codes_do_not_shrink(weight_type: WeightType, weighted: bool) -> None:
+    weights = importance() if weighted else np.ones(COLUMNS, np.float32)
+    values = ROWS["normal"]
+    data = rows_as(values, weight_type, importance=weights if weighted else None)
+    kept = weights * values * dequantize(data, weight_type, COLUMNS)
+    whole = weights * values**2
+    share = kept.reshape(-1, 256).sum(1) / whole.reshape(-1, 256).sum(1)
+    if weighted and weight_type is WeightType.Q3_K:  # by half, for the sake of the error
+        assert 0.975 < share.mean() < 0.995
+    else:  # but for the rounding of two scales
+        np.testing.assert_allclose(share, 1, atol=2e-3)
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.Q4_1, WeightType.Q5_1])
+def test_importance_keeps_a_grid(weight_type: WeightType) -> None:
+    # Blocks that were of the type and were stored as float16 since.
+    grid = dequantize(rows_as(ROWS["normal"], weight_type), weight_type, COLUMNS)
+    values = grid.astype(np.float16).astype(np.float32)
+    for_all = np.ones(COLUMNS, np.float32)
+    found = dequantize(rows_as(values, weight_type, importance=for_all), weight_type, COLUMNS)
+    same = (found == grid).reshape(-1, 32).all(axis=1)
+    assert same.mean() > 0.99
+
+
 @pytest.mark.parametrize("weight_type", BLOCKS)
 def test_zeros_stay_zeros(weight_type: WeightType) -> None:
     for weights in (None, importance(), np.zeros(COLUMNS, np.float32)):

@@ -103,18 +103,28 @@ Line search_line(const Tile<kSize>& tile, int lane) {
     Line best{Lanes{}, m.x * inverse(m.w), {}};
     if constexpr (!kStored) best.offset = lower(best.offset, Lanes{});
     best.gain = kStored ? all(-HUGE_VALF) : best.offset * m.x;
-    const auto take = [&](Lanes origin, Lanes steps) {
-        Line line = least_squares<!kStored>(m, code_sums<kTop>(tile, lane, origin, steps));
-        if constexpr (kStored) {
-            line.scale = half_precision(line.scale);
-            line.offset = half_precision(line.offset);
-            line.gain = -line_error<kTop>(tile, lane, line.scale, line.offset);
-        }
+    const auto judge = [&](Line line) {
+        if constexpr (kStored) line.gain = -line_error<kTop>(tile, lane, line.scale, line.offset);
         const auto better = line.gain > best.gain * (kStored ? 1.0f : kClearly);
         best.scale = better ? line.scale : best.scale;
         best.offset = better ? line.offset : best.offset;
         best.gain = better ? line.gain : best.gain;
     };
+    const auto take = [&](Lanes origin, Lanes steps) {
+        const CodeSums sums = code_sums<kTop>(tile, lane, origin, steps);
+        Line line = least_squares<!kStored>(m, sums);
+        if constexpr (kStored) {
+            line.scale = half_precision(line.scale);
+            // What suits the scale as it is stored.
+            line.offset = half_precision((m.x - line.scale * sums.q) * inverse(m.w));
+        }
+        judge(line);
+    };
+    // Weights that lay on such a grid before lie on it still, which a line through those of some
+    // importance may miss by a little.
+    if constexpr (kStored) {
+        judge(Line{half_precision(range * (1.0f / kTop)), half_precision(low), {}});
+    }
     constexpr int kWidths = kTop <= 3 ? 8 : 6;
     for (int i = 0; i < kWidths; ++i) {
         const float width = kTop <= 3 ? kFew[i] : kMany[i];
@@ -223,12 +233,7 @@ class AffineSearch {
             store_lanes(next.minimums + lane, best_minimum);
             store_lanes(errors + lane, best_error);
         }
-        for (int block = 0; block < kBlocks; ++block) {
-            next.error[block] = 0;
-            for (int part = 0; part < kParts; ++part) {
-                next.error[block] += double{errors[block * kParts + part]};
-            }
-        }
+        sum_blocks<kParts>(errors, next.error);
     }
 
     void keep(const Blocks& next) {

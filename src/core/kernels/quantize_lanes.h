@@ -56,13 +56,15 @@ SMOLRUN_ALWAYS Lanes inverse(Lanes x) { return x != 0.0f ? 1.0f / x : Lanes{}; }
 // A gain must grow by more than rounding does, so that of equals the first is kept.
 constexpr float kClearly = 1 + 1e-6f;
 
-// Sixteen sub-blocks of kSize weights, transposed: values and importances, [kSize][16 sub-blocks].
+// Sixteen sub-blocks of kSize weights, transposed: values, importances of their columns, and what
+// their errors count in a search, each [kSize][16 sub-blocks].
 //
 // The values of a block are divided by a power of two near the largest, so that no square of a
 // huge or tiny weight leaves the range of a float. `unit` is that power, for each sub-block.
 template <int kSize>
 struct Tile {
     alignas(64) float x[kSize][kTileLanes];
+    alignas(64) float importance[kSize][kTileLanes];
     alignas(64) float w[kSize][kTileLanes];
     float unit[kTileLanes];
 };
@@ -92,6 +94,17 @@ inline float farthest_of(const float* x, int64_t count) {
     return farthest;
 }
 
+// Sums of sub-blocks, added up for each of their blocks.
+template <int kParts>
+void sum_blocks(const float* parts, double* blocks) {
+    for (int block = 0; block < kTileLanes / kParts; ++block) {
+        blocks[block] = 0;
+        for (int part = 0; part < kParts; ++part) {
+            blocks[block] += double{parts[block * kParts + part]};
+        }
+    }
+}
+
 inline bool all_finite(const double* x, int64_t count) {
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) finite &= std::fabs(x[i]) < HUGE_VAL;
@@ -114,18 +127,15 @@ inline float unit_of(const float* x, int64_t size) {
 enum class Emphasis {
     none,
     some,  // by the deviation of a sub-block + the weight's magnitude
-    full,  // by the magnitude
 };
 
 template <Emphasis kEmphasis, int kSize>
 void emphasize(Tile<kSize>& tile, int64_t lane) {
     if constexpr (kEmphasis == Emphasis::none) return;
-    float base = 0.03f;  // of the unit, so that the smallest are not without importance
-    if constexpr (kEmphasis == Emphasis::some) {
-        float squares = 0;
-        for (int i = 0; i < kSize; ++i) squares += tile.x[i][lane] * tile.x[i][lane];
-        base += std::sqrt(squares / kSize);
-    }
+    float squares = 0;
+    for (int i = 0; i < kSize; ++i) squares += tile.x[i][lane] * tile.x[i][lane];
+    // And a little of the unit, so that the smallest are not without importance.
+    const float base = 0.03f + std::sqrt(squares / kSize);
     for (int i = 0; i < kSize; ++i) tile.w[i][lane] *= base + std::fabs(tile.x[i][lane]);
 }
 
@@ -137,7 +147,10 @@ void load_tile(const BlockRange& from, int64_t block_size, Tile<kSize>& tile) {
         const int64_t block = from.first + lane / parts;
         if (lane / parts >= from.count) {
             tile.unit[lane] = 1;
-            for (int i = 0; i < kSize; ++i) tile.x[i][lane] = 0, tile.w[i][lane] = 1;
+            for (int i = 0; i < kSize; ++i) {
+                tile.x[i][lane] = 0;
+                tile.importance[i][lane] = tile.w[i][lane] = 1;
+            }
             continue;
         }
         const int64_t part = lane % parts * kSize;
@@ -145,12 +158,15 @@ void load_tile(const BlockRange& from, int64_t block_size, Tile<kSize>& tile) {
         tile.unit[lane] = part == 0 ? unit_of(x, block_size) : tile.unit[lane - 1];
         const float scale = 1 / tile.unit[lane];
         for (int i = 0; i < kSize; ++i) tile.x[i][lane] = x[part + i] * scale;
-        if (from.importance == nullptr) {
-            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = 1;
+        const float* const w = from.importance == nullptr
+                                   ? nullptr
+                                   : from.importance + block % from.row_blocks * block_size + part;
+        for (int i = 0; i < kSize; ++i) {
+            tile.importance[i][lane] = tile.w[i][lane] = w == nullptr ? 1 : w[i];
+        }
+        if (w == nullptr) {
             emphasize<kAlone>(tile, lane);
         } else {
-            const float* const w = from.importance + block % from.row_blocks * block_size + part;
-            for (int i = 0; i < kSize; ++i) tile.w[i][lane] = w[i];
             emphasize<kWithImportance>(tile, lane);
         }
     }

@@ -177,12 +177,7 @@ class ScaledSearch {
             store_lanes(next.scales + lane, best_scale);
             store_lanes(errors + lane, best_error);
         }
-        for (int block = 0; block < kBlocks; ++block) {
-            next.error[block] = 0;
-            for (int part = 0; part < kParts; ++part) {
-                next.error[block] += double{errors[block * kParts + part]};
-            }
-        }
+        sum_blocks<kParts>(errors, next.error);
     }
 
     void keep(const Blocks& next) {

@@ -30,13 +30,55 @@ Lanes spread(const HalfScale* scales, int lane) {
     return spread;
 }
 
+// By how much blocks shrink: products of their weights with the weights and with what is read back.
+//
+// The codes and scales of least error shrink a block, as what they lose is at right angles to what
+// they keep. All blocks of a matrix shrink, and its outputs with them, which harms a model more
+// than errors of any direction (docs/decisions.md). So once its codes are found, a block's scales
+// are multiplied by what makes both products equal.
+template <int kParts>
+struct Shrinkage {
+    alignas(64) float whole[kTileLanes];  // sums of importance x^2
+    alignas(64) float kept[kTileLanes];   // sums of importance x y, where y is read back
+
+    // For each block, a share of it.
+    void undo(float share, const float* unit, HalfScale* scales) const {
+        constexpr int kBlocks = kTileLanes / kParts;
+        double wholes[kBlocks], kepts[kBlocks];
+        sum_blocks<kParts>(whole, wholes);
+        sum_blocks<kParts>(kept, kepts);
+        for (int block = 0; block < kBlocks; ++block) {
+            if (!(kepts[block] > 0)) continue;
+            // Beyond this a block is nearly lost, and no scale brings it back.
+            const auto wanted = static_cast<float>(wholes[block] / kepts[block]);
+            const float within = wanted < 0.9f ? 0.9f : wanted > 1.2f ? 1.2f : wanted;
+            const float factor = 1 + share * (within - 1);
+            const HalfScale grown = half_scale(scales[block].value * factor, unit[block * kParts]);
+            if (finite_half(grown.bits)) scales[block] = grown;
+        }
+    }
+};
+
+// How much of that is undone: where codes are few, as only there a block shrinks by much. All would
+// leave Q3_K a larger error by importance than llama.cpp's search leaves.
+constexpr float undone(WeightType type, bool importance) {
+    switch (type) {
+        case WeightType::Q2_K:
+            return 1;
+        case WeightType::Q3_K:
+            return importance ? 0.4f : 1;
+        default:
+            return 0;
+    }
+}
+
 // Of errors of large weights, where the importance of columns is given, and where it is not.
 constexpr Emphasis emphasis(WeightType type, bool importance) {
     switch (type) {
         case WeightType::Q2_K:
-            return importance ? Emphasis::some : Emphasis::full;
+        case WeightType::Q4_1:
+            return Emphasis::some;
         case WeightType::Q3_K:
-            return importance ? Emphasis::none : Emphasis::full;
         case WeightType::IQ4_NL:
         case WeightType::IQ4_XS:
             return importance ? Emphasis::none : Emphasis::some;
@@ -64,49 +106,73 @@ template <WeightType kType, class Pack, class Levels, int kSize, int kParts, int
           int kWindow>
 bool quantize_scaled(const QuantizeRows& rows) {
     bool finite = true;
-    each_tile<kType, kSize, kParts>(rows, [&](const Tile<kSize>& tile, uint8_t* out,
-                                              int64_t count) {
-        const auto found = ScaledSearch<Levels, kSize, kParts, kLow, kHigh, kWindow>(tile).run();
-        TileCodes<kSize> codes;
-        for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
-            const Lanes steps =
-                inverse(spread<kParts>(found.d, lane) * load_lanes(found.scales + lane));
-            for (int i = 0; i < kSize; ++i) {
-                codes.put(i, lane, Levels::code(load_lanes(tile.x[i] + lane) * steps));
+    const float share = undone(kType, rows.importance != nullptr);
+    each_tile<kType, kSize, kParts>(
+        rows, [&](const Tile<kSize>& tile, uint8_t* out, int64_t count) {
+            auto found = ScaledSearch<Levels, kSize, kParts, kLow, kHigh, kWindow>(tile).run();
+            TileCodes<kSize> codes;
+            Shrinkage<kParts> shrinkage;
+            for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
+                const Lanes scale = spread<kParts>(found.d, lane) * load_lanes(found.scales + lane);
+                const Lanes steps = inverse(scale);
+                Lanes whole{}, kept{};
+                for (int i = 0; i < kSize; ++i) {
+                    const Lanes x = load_lanes(tile.x[i] + lane);
+                    const Lanes wx = load_lanes(tile.importance[i] + lane) * x;
+                    codes.put(i, lane, Levels::code(x * steps));
+                    whole += wx * x;
+                    kept += wx * (scale * Levels::nearest(x * steps));
+                }
+                store_lanes(shrinkage.whole + lane, whole);
+                store_lanes(shrinkage.kept + lane, kept);
             }
-        }
-        for (int64_t block = 0; block < count; ++block) {
-            finite &= found.error[block] < HUGE_VAL;
-            Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
-                      found.d[block].bits, out + block * layout(kType).bytes);
-        }
-    });
+            if (share > 0) shrinkage.undo(share, tile.unit, found.d);
+            for (int64_t block = 0; block < count; ++block) {
+                finite &= found.error[block] < HUGE_VAL;
+                Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
+                          found.d[block].bits, out + block * layout(kType).bytes);
+            }
+        });
     return finite;
 }
 
 template <WeightType kType, class Pack, int kSize, int kTop, int kParts, int kMost, int kWindow>
 bool quantize_affine(const QuantizeRows& rows) {
     bool finite = true;
-    each_tile<kType, kSize, kParts>(rows, [&](const Tile<kSize>& tile, uint8_t* out,
-                                              int64_t count) {
-        const auto found = AffineSearch<kSize, kTop, kParts, kMost, kWindow>(tile).run();
-        TileCodes<kSize> codes;
-        for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
-            const Lanes scale = spread<kParts>(found.d, lane) * load_lanes(found.scales + lane);
-            const Lanes offset =
-                -(spread<kParts>(found.m, lane) * load_lanes(found.minimums + lane));
-            for (int i = 0; i < kSize; ++i) {
-                codes.put(i, lane,
-                          affine_code<kTop>(load_lanes(tile.x[i] + lane), offset, inverse(scale)));
+    const float share = undone(kType, rows.importance != nullptr);
+    each_tile<kType, kSize, kParts>(
+        rows, [&](const Tile<kSize>& tile, uint8_t* out, int64_t count) {
+            auto found = AffineSearch<kSize, kTop, kParts, kMost, kWindow>(tile).run();
+            TileCodes<kSize> codes;
+            Shrinkage<kParts> shrinkage;
+            for (int lane = 0; lane < kTileLanes; lane += kQuantizeLanes) {
+                const Lanes scale = spread<kParts>(found.d, lane) * load_lanes(found.scales + lane);
+                const Lanes steps = inverse(scale);
+                const Lanes offset =
+                    -(spread<kParts>(found.m, lane) * load_lanes(found.minimums + lane));
+                Lanes whole{}, kept{};
+                for (int i = 0; i < kSize; ++i) {
+                    const Lanes x = load_lanes(tile.x[i] + lane);
+                    const Lanes wx = load_lanes(tile.importance[i] + lane) * x;
+                    const Lanes q = affine_code<kTop>(x, offset, steps);
+                    codes.put(i, lane, q);
+                    whole += wx * x;
+                    kept += wx * (scale * q + offset);
+                }
+                store_lanes(shrinkage.whole + lane, whole);
+                store_lanes(shrinkage.kept + lane, kept);
             }
-        }
-        for (int64_t block = 0; block < count; ++block) {
-            finite &= found.error[block] < HUGE_VAL;
-            Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
-                      found.minimums + block * kParts, found.d[block].bits, found.m[block].bits,
-                      out + block * layout(kType).bytes);
-        }
-    });
+            if (share > 0) {
+                shrinkage.undo(share, tile.unit, found.d);
+                shrinkage.undo(share, tile.unit, found.m);
+            }
+            for (int64_t block = 0; block < count; ++block) {
+                finite &= found.error[block] < HUGE_VAL;
+                Pack::put(codes.codes + block * kSize * kParts, found.scales + block * kParts,
+                          found.minimums + block * kParts, found.d[block].bits, found.m[block].bits,
+                          out + block * layout(kType).bytes);
+            }
+        });
     return finite;
 }
 
