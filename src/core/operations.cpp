@@ -73,15 +73,13 @@ void multiply_q(const NormQkv& op, const StepContext& step, const ThreadScratch&
     }
 }
 
-Tiling tile_heads(const NormQkv& op, const LinkedMatrix& matrix, const StepContext& step,
-                  const Worker& worker) {
-    return tile(step.arrays.tokens, matrix.weights.rows, op.input.buffer.width,
-                step.dimensions.head_rows(), step, worker);
+Tiling tile_heads(const LinkedMatrix& matrix, const StepContext& step, const Worker& worker) {
+    return tile(step.arrays.tokens, matrix.weights, step.dimensions.head_rows(), step, worker);
 }
 
 void run(const NormQkv& op, const StepContext& step, Worker& worker) {
-    const Tiling q_tiling = tile_heads(op, op.q, step, worker);
-    const Tiling kv_tiling = tile_heads(op, op.k, step, worker);
+    const Tiling q_tiling = tile_heads(op.q, step, worker);
+    const Tiling kv_tiling = tile_heads(op.k, step, worker);
     const int64_t chunks = kv_tiling.chunks + q_tiling.chunks;
     // Those of K and V are longer: so they are spread evenly among those of q.
     const auto place = [&](int64_t chunk) {
@@ -93,8 +91,9 @@ void run(const NormQkv& op, const StepContext& step, Worker& worker) {
         const auto [is_kv, part] = place(chunk);
         return WeightsAhead((is_kv ? op.k : op.q).weights, part.row_begin);
     };
-    product_phase(op.input, step, worker, step.arrays.tokens, q_tiling.panel, chunks, kSameToken,
-                  weights_of, [&](int64_t chunk, auto&& inputs) {
+    product_phase(op.input, step, worker, step.arrays.tokens,
+                  std::min(q_tiling.panel, kv_tiling.panel), chunks, kSameToken, weights_of,
+                  [&](int64_t chunk, auto&& inputs) {
                       const auto [is_kv, part] = place(chunk);
                       (is_kv ? multiply_kv : multiply_q)(op, step, own(step, worker),
                                                          inputs(part.token_begin), part);
@@ -197,8 +196,7 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
     const int64_t runs = ceil_div(tokens, together);
 
     worker.phase(runs * groups, [&](int64_t chunk) {
-        // The last tokens look back furthest: the longest chunks first.
-        const int64_t begin = (runs - 1 - chunk / groups) * together;
+        const int64_t begin = chunk / groups * together;
         const int64_t end = std::min(begin + together, tokens);
         const int64_t head = chunk % groups * group;
         const auto& tables = step.arrays.block_tables;
@@ -217,8 +215,7 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
 
 void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
-    const Tiling tiling =
-        tile(tokens, op.matrix.weights.rows, op.input.buffer.width, 0, step, worker);
+    const Tiling tiling = tile(tokens, op.matrix.weights, 0, step, worker);
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
@@ -235,8 +232,7 @@ void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
 
 void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
     const int64_t tokens = step.arrays.tokens;
-    const Tiling tiling =
-        tile(tokens, op.gate.weights.rows, op.input.buffer.width, 0, step, worker);
+    const Tiling tiling = tile(tokens, op.gate.weights, 0, step, worker);
     product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.gate, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
@@ -260,7 +256,7 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
     if (rows == 0) return;
     const int64_t columns = op.input.buffer.width;
     const int64_t vocab_size = op.matrix.weights.rows;
-    const Tiling tiling = tile(rows, vocab_size, columns, 0, step, worker);
+    const Tiling tiling = tile(rows, op.matrix.weights, 0, step, worker);
     const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
     product_phase(op.input, step, worker, rows, tiling.panel, tiling.chunks, source_token,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
@@ -289,7 +285,7 @@ void run_operation(const Operation& operation, const StepContext& step, Worker& 
 void run_narrowing(const NormQkv& op, const Narrowing& narrowing, const StepContext& step,
                    const StepContext& narrowed, Worker& worker) {
     const auto products = [&](const StepContext& of, const LinkedMatrix& matrix, auto&& work) {
-        const Tiling tiling = tile_heads(op, matrix, of, worker);
+        const Tiling tiling = tile_heads(matrix, of, worker);
         product_phase(op.input, of, worker, of.arrays.tokens, tiling.panel, tiling.chunks,
                       kSameToken, first_rows(matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                           const Tiling::Part part = tiling.part(chunk);

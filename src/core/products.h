@@ -18,6 +18,9 @@ constexpr int64_t kAskedFirst = 8 * 1024;
 constexpr int64_t kTileBytes = 384 * 1024;
 // But weights are not read again for fewer tokens than this.
 constexpr int64_t kFewestTileTokens = 24;
+// Where every thread can have as many, tiles are cut so that it has its own: then what it wrote is
+// in its cache when it comes to be read. (Not for F16, which is converted once for a tile.)
+constexpr int64_t kOwnTokens = 96;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -62,15 +65,18 @@ inline int64_t chunk_groups(int64_t groups, int64_t most, int64_t tiles, int thr
 }
 
 // unit: rows that a chunk is a multiple of; 0 chooses.
-inline Tiling tile(int64_t tokens, int64_t rows, int64_t columns, int64_t unit,
-                   const StepContext& step, const Worker& worker) {
+inline Tiling tile(int64_t tokens, const Matrix& weights, int64_t unit, const StepContext& step,
+                   const Worker& worker) {
+    const int64_t rows = weights.rows;
     const int64_t panel = step.kernels.panel_tokens;
     const auto in_panels = [&](int64_t most) { return most < panel ? most : most / panel * panel; };
-    const int64_t cached = in_panels(std::max(kFewestTileTokens, kTileBytes / (columns * 2)));
+    int64_t most = in_panels(std::max(kFewestTileTokens, kTileBytes / (weights.columns * 2)));
+    if (tokens >= worker.threads() * kOwnTokens && weights.type != WeightType::F16) {
+        most = std::min(most, round_up(ceil_div(tokens, worker.threads()), panel));
+    }
     Tiling t{};
     t.tokens = tokens;
     t.rows = rows;
-    int64_t most = cached;
     if (unit > 0) most = std::min(most, in_panels(kProductFloats / unit));
     // No last tile of a few tokens, for which all weights would be read again.
     const int64_t even = ceil_div(tokens, ceil_div(tokens, most));

@@ -119,9 +119,7 @@ Rows prepare_rows(const AttentionTask& task, float* scratch) {
             const float* const q = task.q + (first + row) / task.group * task.stride +
                                    (first + row) % task.group * head_dim;
             const Rounding with = rounding_for_dot(q, head_dim);
-            each_code(q, head_dim, with, [&](int64_t i, int16_t code) {
-                tile[(i / 2 * count + row) * 2 + i % 2] = code;
-            });
+            store_rounded<2>(q, head_dim, with, tile + 2 * row, 2 * count);
             // Not 0, which would not make 2^-infinity of the start of a softmax.
             const float of_scores = with.scale * scale;
             prepared.q_scale[first + row] = of_scores < 0x1p-126f ? 0x1p-126f : of_scores;

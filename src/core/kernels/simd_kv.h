@@ -33,26 +33,25 @@ SMOLRUN_INLINE Rounding rounding_of_value(const float* x, int64_t head_dim) {
     return rounding(magnitudes, 32767.0f);
 }
 
-// Calls store(i, code) for x[head_dim].
-template <class Store>
-SMOLRUN_INLINE void each_code(const float* x, int64_t head_dim, const Rounding& with,
-                              Store&& store_code) {
+// Stores the codes of x[head_dim], head_dim even: `together` (1 or 2) neighbours at to, the next
+// ones `stride` codes further on.
+template <int together>
+SMOLRUN_INLINE void store_rounded(const float* x, int64_t head_dim, const Rounding& with,
+                                  int16_t* to, int64_t stride) {
     each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {
         int16_t codes[kLanes];
         store_halves(codes, rounded(load_up_to(x + i, count), with));
-        for (int64_t j = 0; j < count; ++j) store_code(i + j, codes[j]);
+        for (int64_t j = 0; j < count; j += together) {
+            __builtin_memcpy(to + (i + j) / together * stride, codes + j, together * sizeof *to);
+        }
     });
 }
 
 void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
               int16_t* v_block) {
     const Rounding of_k = rounding_for_dot(k, head_dim), of_v = rounding_of_value(v, head_dim);
-    each_code(k, head_dim, of_k, [&](int64_t i, int16_t code) {
-        k_block[(i / 2 * kBlockTokens + slot) * 2 + i % 2] = code;
-    });
-    each_code(v, head_dim, of_v, [&](int64_t i, int16_t code) {
-        v_block[(slot / 2 * head_dim + i) * 2 + slot % 2] = code;
-    });
+    store_rounded<2>(k, head_dim, of_k, k_block + 2 * slot, 2 * kBlockTokens);
+    store_rounded<1>(v, head_dim, of_v, v_block + slot / 2 * head_dim * 2 + slot % 2, 2);
     const int64_t scale = head_dim * kBlockTokens + 2 * slot;
     __builtin_memcpy(k_block + scale, &of_k.scale, sizeof of_k.scale);
     __builtin_memcpy(v_block + scale, &of_v.scale, sizeof of_v.scale);
