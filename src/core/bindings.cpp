@@ -77,6 +77,7 @@ NB_MODULE(_core, module) {
     bind_runner(module);
     bind_kernels(module);
     bind_quantize(module);
+    bind_sampling(module);
 
     // Runs after non-daemon threads have been joined, when only the exiting thread still matters.
     nb::module_::import_("atexit").attr("register")(nb::cpp_function([] {

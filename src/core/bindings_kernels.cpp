@@ -279,6 +279,14 @@ void py_swiglu(const std::string& isa, nb::handle gate, nb::handle up, nb::handl
     with.swiglu(gates.data<float>(), ups.data<float>(), columns, to.data<float>());
 }
 
+double py_weigh(const std::string& isa, nb::handle x, float greatest, float factor,
+                nb::handle out) {
+    const Kernels& with = kernels(isa);
+    const Array values = vector(x, "x");
+    const Array to = output(out, "out", Element::float32, {values.size(0)});
+    return with.weigh(values.data<float>(), values.size(0), greatest, factor, to.data<float>());
+}
+
 void py_add(const std::string& isa, nb::handle x, nb::handle out) {
     const Kernels& with = kernels(isa);
     const Array values = vector(x, "x");
@@ -372,6 +380,7 @@ void bind_kernels(nb::module_& module) {
     m.def("rms_norm", &py_rms_norm, "isa"_a, "x"_a, "weight"_a, "epsilon"_a, "out"_a);
     m.def("rope", &py_rope, "isa"_a, "heads"_a, "cosine"_a, "sine"_a);
     m.def("swiglu", &py_swiglu, "isa"_a, "gate"_a, "up"_a, "out"_a);
+    m.def("weigh", &py_weigh, "isa"_a, "x"_a, "greatest"_a, "factor"_a, "out"_a);
     m.def("add", &py_add, "isa"_a, "x"_a, "out"_a);
     m.def("store_kv", &py_store_kv, "isa"_a, "k"_a, "v"_a, "slot"_a, "k_block"_a, "v_block"_a);
     m.def("attention", &py_attention, "isa"_a, "q"_a, "out"_a, "length"_a, "scale"_a, "pool"_a,

@@ -214,6 +214,10 @@ struct Kernels {
     // out = gate / (1 + exp(-gate)) * up, all [columns].
     void (*swiglu)(const float* gate, const float* up, int64_t columns, float* out);
 
+    // out = exp((x - greatest) * factor), all [columns]; returns their sum. x is nowhere above
+    // greatest, and may be -infinity; factor is above 0.
+    double (*weigh)(const float* x, int64_t columns, float greatest, float factor, float* out);
+
     // out += x, both [columns].
     void (*add)(const float* x, int64_t columns, float* out);
 

@@ -26,6 +26,26 @@ class _Machine(TypedDict):
 def machine() -> _Machine:
     """The processor, as the system describes it."""
 
+def all_finite(logits: _Floats) -> bool:
+    """Whether no number of logits [n] is NaN or infinite."""
+
+def draw(
+    isa: str,
+    logits: _Floats,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    random: float,
+) -> int:
+    """A token of logits [n], of which none is NaN or infinity; -infinity may be.
+
+    Kept are the likeliest top_k (0: all), of these the fewest that together reach top_p of their
+    mass, and of these those at least min_p times as likely as the likeliest; of equal ones the
+    first. `random`, in [0, 1), is where the draw falls on the running sum of these by rising
+    token. ValueError for numbers out of range, and where every logit is -infinity.
+    """
+
 def ceilings(
     isa: str, threads: int, samples: int = 5, read_bytes: int = 1 << 28
 ) -> dict[str, list[float]]:
@@ -267,6 +287,10 @@ class kernels:
     @staticmethod
     def swiglu(isa: str, gate: _Floats, up: _Floats, out: _Floats) -> None:
         """silu(gate) * up, all [n]."""
+
+    @staticmethod
+    def weigh(isa: str, x: _Floats, greatest: float, factor: float, out: _Floats) -> float:
+        """exp((x - greatest) * factor), both [n], and their sum; x is nowhere above greatest."""
 
     @staticmethod
     def add(isa: str, x: _Floats, out: _Floats) -> None:

@@ -93,6 +93,7 @@ def run_vectors(isa: str, guard: Guarded) -> None:
         kernels.rms_norm(isa, guard.like(a), guard.like(b), 1e-5, out)
         kernels.swiglu(isa, guard.like(a), guard.like(b), out)
         kernels.add(isa, guard.like(a), out)
+        kernels.weigh(isa, guard.like(a), float(a.max()), 1.0, out)
         if columns % 32 == 0:
             codes = guard.like(np.zeros(columns, dtype=np.int16))
             scales = guard.like(np.zeros(columns // 32, dtype=np.float32))

@@ -52,6 +52,7 @@ SOUND: dict[str, list[Any]] = {
     "rms_norm": ["scalar", floats(6), floats(6), 1e-5, floats(6)],
     "rope": ["scalar", floats(2, 8), floats(4), floats(4)],
     "swiglu": ["scalar", floats(6), floats(6), floats(6)],
+    "weigh": ["scalar", floats(6), 1.0, 1.0, floats(6)],
     "add": ["scalar", floats(6), floats(6)],
     "store_kv": ["scalar", floats(8), floats(8), 5, shorts(320), shorts(320)],
     "attention": [

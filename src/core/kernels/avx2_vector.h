@@ -126,6 +126,10 @@ SMOLRUN_INLINE void add_squares(Floats x, Doubles& total) {
     total.low = _mm256_fmadd_pd(low, low, total.low);
     total.high = _mm256_fmadd_pd(high, high, total.high);
 }
+SMOLRUN_INLINE void add_values(Floats x, Doubles& total) {
+    total.low = _mm256_add_pd(total.low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+    total.high = _mm256_add_pd(total.high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
 SMOLRUN_INLINE double sum_lanes(const Doubles& x) {
     const __m256d y = _mm256_add_pd(x.low, x.high);
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(y), _mm256_extractf128_pd(y, 1));

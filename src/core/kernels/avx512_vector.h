@@ -131,6 +131,10 @@ SMOLRUN_INLINE void add_squares(Floats x, Doubles& total) {
     total.low = _mm512_fmadd_pd(low, low, total.low);
     total.high = _mm512_fmadd_pd(high, high, total.high);
 }
+SMOLRUN_INLINE void add_values(Floats x, Doubles& total) {
+    total.low = _mm512_add_pd(total.low, _mm512_cvtps_pd(low_half(x)));
+    total.high = _mm512_add_pd(total.high, _mm512_cvtps_pd(high_half(x)));
+}
 SMOLRUN_INLINE double sum_lanes(const Doubles& x) {
     const __m512d y = _mm512_add_pd(x.low, x.high);
     const __m256d z = _mm256_add_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1));

@@ -138,6 +138,15 @@ void swiglu(const float* gate, const float* up, int64_t columns, float* out) {
     }
 }
 
+double weigh(const float* x, int64_t columns, float greatest, float factor, float* out) {
+    double sum = 0;
+    for (int64_t i = 0; i < columns; ++i) {
+        out[i] = std::exp((x[i] - greatest) * factor);
+        sum += double{out[i]};
+    }
+    return sum;
+}
+
 void add(const float* x, int64_t columns, float* out) {
     for (int64_t i = 0; i < columns; ++i) out[i] += x[i];
 }
@@ -295,6 +304,7 @@ const Kernels kScalarKernels = {
     .rms_norm = rms_norm,
     .rope = rope,
     .swiglu = swiglu,
+    .weigh = weigh,
     .add = add,
     .attention = attention,
     .attend_segment = attend_segment,

@@ -55,6 +55,7 @@ consteval Kernels table(const char* name) {
         .rms_norm = rms_norm,
         .rope = rope,
         .swiglu = swiglu,
+        .weigh = weigh,
         .add = add_to,
         .attention = attention,
         .attend_segment = attend_segment,

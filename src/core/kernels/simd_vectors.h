@@ -92,6 +92,18 @@ void swiglu(const float* gate, const float* up, int64_t columns, float* out) {
     });
 }
 
+double weigh(const float* x, int64_t columns, float greatest, float factor, float* out) {
+    const Floats subtracted = broadcast(greatest), by = broadcast(factor);
+    Doubles total{};
+    each_vector(columns, [&](int64_t i, int64_t count) {
+        const Floats below = sub(load_up_to(x + i, count), subtracted);
+        const Floats weights = exponential(mul(below, by));
+        store_up_to(out + i, weights, count);
+        add_values(count == kLanes ? weights : load_up_to(out + i, count), total);
+    });
+    return sum_lanes(total);
+}
+
 void add_to(const float* x, int64_t columns, float* out) {
     each_vector(columns, [&](int64_t i, int64_t count) {
         store_up_to(out + i, add(load_up_to(out + i, count), load_up_to(x + i, count)), count);

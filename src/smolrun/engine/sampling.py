@@ -7,6 +7,7 @@ temperature, top-k, top-p, min-p and one draw. The draw of the token at a positi
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from smolrun import _core
+from smolrun.engine.native import resolve_isa
 from smolrun.errors import NonFiniteError, RequestError
 
 Float32Array = npt.NDArray[np.float32]
@@ -180,7 +183,7 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
 
 def check_finite(logits: Float32Array, where: str = "") -> None:
     """NonFiniteError where one of `logits` (any shape) is NaN or infinite."""
-    if logits.size and not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
+    if logits.size and not _core.all_finite(logits.reshape(-1)):
         raise NonFiniteError(
             f"non-finite logits{where}: the weights or the computation are damaged"
         )
@@ -264,7 +267,15 @@ class Sampler:
         elif parameters.greedy:
             token = int(decided.argmax())
         else:
-            token = _draw(decided, parameters, self._uniform(position))
+            token = _core.draw(
+                _isa(),
+                decided,
+                parameters.temperature,
+                max(parameters.top_k, 0),
+                parameters.top_p,
+                parameters.min_p,
+                self._uniform(position),
+            )
         if self.constraint is not None:
             self.constraint.accept(token)
         self._remember(token, len(logits))
@@ -312,51 +323,9 @@ class Sampler:
         self._deductions[token] = presence + frequency * self._counts[token]
 
 
+_isa = functools.cache(resolve_isa)  # what tokens are drawn with
+
 _AHEAD = 32  # positions whose random numbers are made at a time
-_PIECE = 512  # weights summed at a time when drawing
-
-
-def _draw(logits: Float32Array, parameters: SamplingParameters, random: float) -> int:
-    """One token by temperature, top-k, top-p and min-p; `random` is in [0, 1).
-
-    What is kept is a set; the draw walks it by rising token id, so nothing need be sorted but
-    the values near the edge of a nucleus.
-    """
-    scaled = logits - logits.max()
-    tokens: npt.NDArray[np.int64] | None = None
-    if 0 < parameters.top_k < len(logits):
-        tokens = likeliest(logits, parameters.top_k)
-        scaled = scaled[tokens]
-    scaled *= np.float32(1 / parameters.temperature)
-    weights: npt.NDArray[Any] = np.exp(scaled, out=scaled)  # relative to the likeliest token
-    if parameters.top_p < 1:
-        kept = nucleus(weights, parameters.top_p)
-        tokens = kept if tokens is None else tokens[kept]
-        weights = weights[kept]
-    if parameters.min_p > 0:
-        weights = weights.astype(np.float64)  # as the number that they are compared with
-        kept = np.flatnonzero(weights >= parameters.min_p)
-        tokens = kept if tokens is None else tokens[kept]
-        weights = weights[kept]
-    place = _pick(weights, random)
-    return place if tokens is None else int(tokens[place])
-
-
-def _pick(weights: npt.NDArray[Any], random: float) -> int:
-    """The place at which the running sum of `weights` passes `random` of the whole."""
-    # Sums of pieces first: a running sum over a whole vocabulary costs as much as all the rest.
-    starts = np.arange(0, len(weights), _PIECE)
-    cumulative = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
-    target = random * cumulative[-1]  # random <= 1 - 2**-53 keeps it below the last sum
-    piece = int(np.searchsorted(cumulative, target, side="right"))
-    if piece:
-        target -= cumulative[piece - 1]
-    inside = np.cumsum(weights[starts[piece] : starts[piece] + _PIECE], dtype=np.float64)
-    # A piece summed in another order may end a hair below its target.
-    target = min(target, np.nextafter(inside[-1], 0))
-    return int(starts[piece] + np.searchsorted(inside, target, side="right"))
-
-
 _ROWS = 64
 
 
@@ -384,46 +353,6 @@ def _from_edge(values: npt.NDArray[Any], edge: float, surplus: int) -> npt.NDArr
         tied = np.flatnonzero(values[places] == edge)
         places = np.delete(places, tied[len(tied) - surplus :])
     return places
-
-
-_LIKELY = math.exp(-8)
-_MOST_SORTED = 8192
-# Bins of weights at most 1: by their exponent, down to 2**-24, and 7 bits below it.
-_BIN_SHIFT = 52 - 7
-_BINS = 24 << 7
-_ONE = int(np.array(1.0).view(np.int64))
-
-
-def nucleus(weights: npt.NDArray[Any], top_p: float) -> npt.NDArray[np.int64]:
-    """Places of the fewest weights that together reach `top_p` of the whole, rising.
-
-    The highest weight is 1. Whatever their type, they are summed as float64.
-    """
-    mass = top_p * weights.sum(dtype=np.float64)
-    # Nearly always the nucleus lies among few weights; only these are sorted.
-    likely = np.flatnonzero(weights >= _LIKELY)
-    if len(likely) <= _MOST_SORTED:
-        found = weights[likely].astype(np.float64)
-        if found.sum() >= mass:
-            return likely[_from_edge(found, *_edge(found, mass))]
-    weights = weights.astype(np.float64)
-    # Else the sums of bins tell in which one the edge is, and only that one is sorted.
-    bins = np.minimum((_ONE - weights.view(np.int64)) >> _BIN_SHIFT, _BINS - 1)
-    sums = np.cumsum(np.bincount(bins, weights))
-    edge_bin = min(int(np.searchsorted(sums, mass)), int(bins.max()))
-    above = float(sums[edge_bin - 1]) if edge_bin else 0.0
-    return _from_edge(weights, *_edge(weights[bins == edge_bin], mass, above))
-
-
-def _edge(weights: npt.NDArray[np.float64], mass: float, above: float = 0.0) -> tuple[float, int]:
-    """The weight with which a falling sum that starts at `above` reaches `mass`.
-
-    And how many that are equal to it come after it.
-    """
-    falling = np.sort(weights)[::-1]
-    place = min(int(np.searchsorted(above + np.cumsum(falling), mass)), len(falling) - 1)
-    edge = float(falling[place])
-    return edge, int(np.count_nonzero(falling[place + 1 :] == edge))
 
 
 def with_logprobs(token: int, logits: Float32Array, count: int) -> SampledToken:
