@@ -60,7 +60,7 @@ struct Shrinkage {
 };
 
 // How much of that is undone: where codes are few, as only there a block shrinks by much. All would
-// leave Q3_K a larger error by importance than llama.cpp's search leaves.
+// leave Q3_K a larger error by importance than the usual search leaves.
 constexpr float undone(WeightType type, bool importance) {
     switch (type) {
         case WeightType::Q2_K:
