@@ -116,6 +116,14 @@ SMOLRUN_INLINE __m128 fold(__m256 x) {
 SMOLRUN_INLINE __m128 fold_max(__m256 x) {
     return _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
+SMOLRUN_INLINE Floats interleave_low(Floats a, Floats b) { return _mm256_unpacklo_ps(a, b); }
+SMOLRUN_INLINE Floats interleave_high(Floats a, Floats b) { return _mm256_unpackhi_ps(a, b); }
+SMOLRUN_INLINE Floats join_low(Floats a, Floats b) {
+    return _mm256_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 1, 0));
+}
+SMOLRUN_INLINE Floats join_high(Floats a, Floats b) {
+    return _mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 2, 3, 2));
+}
 // total += squares of x, in double.
 struct Doubles {
     __m256d low, high;
@@ -257,9 +265,10 @@ SMOLRUN_INLINE void store_halves(int16_t* to, Words x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
-SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
-    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(half, half));
+SMOLRUN_INLINE __m256i narrow_to_bytes(const Words (&x)[4]) {
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 SMOLRUN_INLINE __m128i fold_sum(Words x) {
     return _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -121,6 +121,16 @@ SMOLRUN_INLINE __m128 fold_max(__m512 x) {
     const __m256 y = _mm256_max_ps(low_half(x), high_half(x));
     return _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
 }
+// In each 128 bits: a0 b0 a1 b1, and a2 b2 a3 b3.
+SMOLRUN_INLINE Floats interleave_low(Floats a, Floats b) { return _mm512_unpacklo_ps(a, b); }
+SMOLRUN_INLINE Floats interleave_high(Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); }
+// a0 a1 b0 b1, and a2 a3 b2 b3.
+SMOLRUN_INLINE Floats join_low(Floats a, Floats b) {
+    return _mm512_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 1, 0));
+}
+SMOLRUN_INLINE Floats join_high(Floats a, Floats b) {
+    return _mm512_shuffle_ps(a, b, _MM_SHUFFLE(3, 2, 3, 2));
+}
 // total += squares of x, in double.
 struct Doubles {
     __m512d low, high;
@@ -255,8 +265,13 @@ SMOLRUN_INLINE void store_codes(int16_t* to, Words x) {
 SMOLRUN_INLINE void store_halves(int16_t* to, Words x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));
 }
-SMOLRUN_INLINE void store_bytes(int8_t* to, Words x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
+// 32 codes, which fit 8 bits, in order.
+SMOLRUN_INLINE __m256i narrow_to_bytes(const Words (&x)[2]) {
+    // Four of one and four of the other in turn; then 0, 16, 8, 24 and so on from the two halves.
+    const __m512i words = _mm512_packs_epi32(x[0], x[1]);
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
 }
 SMOLRUN_INLINE __m128i fold_sum(Words x) {
     const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));

@@ -10,8 +10,8 @@ namespace {
 // Of four halves.
 struct ByteRounding {
     __m128i shifts;
-    __m128i factors;  // the same for both halves of a piece
-    __m128 inverse;   // code = x * inverse
+    __m128i factors;   // the same for both halves of a piece
+    float inverse[4];  // code = x * inverse
 };
 
 // `largest`: number of each half. `steps`: 1024 / largest of the row; `finest`: 127 times that.
@@ -32,7 +32,8 @@ SMOLRUN_INLINE ByteRounding byte_rounding(__m128 largest, float steps, float fin
     with.shifts = _mm_sub_epi32(exponents, _mm_set1_epi32(127));
     with.factors = _mm_srli_epi32(factor, 21);
     const __m128 inverse = _mm_permutevar_ps(_mm_loadu_ps(kInverseByteFactor), with.factors);
-    with.inverse = _mm_mul_ps(_mm_mul_ps(_mm_set1_ps(finest), inverse), _mm_castsi128_ps(powers));
+    _mm_storeu_ps(with.inverse,
+                  _mm_mul_ps(_mm_mul_ps(_mm_set1_ps(finest), inverse), _mm_castsi128_ps(powers)));
     return with;
 }
 
@@ -49,42 +50,48 @@ SMOLRUN_INLINE __m128 largest_of_halves(const float* x) {
     return max_lanes(largest[0], largest[1], largest[2], largest[3]);
 }
 
+// The codes of some pieces.
 template <int pieces>
-SMOLRUN_INLINE void store_byte_codes(const float* x, const ByteRounding& with, int64_t panel,
-                                     BytePiece* to) {
-    float inverse[4];
-    _mm_storeu_ps(inverse, with.inverse);
-    for (int half = 0; half < 2 * pieces; ++half) {
-        for (int i = 0; i < 16; i += kLanes) {
-            const Floats scaled = mul(load(x + 16 * half + i), broadcast(inverse[half]));
-            store_bytes(to[half / 2 * panel].codes + 16 * (half % 2) + i, round_to_words(scaled));
+SMOLRUN_INLINE void store_codes(const float* x, const ByteRounding& with, int64_t panel,
+                                BytePiece* to) {
+    for (int piece = 0; piece < pieces; ++piece, x += 32) {
+        Words codes[32 / kLanes];
+        for (int i = 0; i < 32 / kLanes; ++i) {
+            const Floats inverse = broadcast(with.inverse[2 * piece + i * kLanes / 16]);
+            codes[i] = round_to_words(mul(load(x + i * kLanes), inverse));
         }
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to[piece * panel].codes),
+                           narrow_to_bytes(codes));
     }
 }
 
 // Sums of 8 codes each.
-SMOLRUN_INLINE __m256i sums_of_codes(const BytePiece& piece) {
+SMOLRUN_INLINE __m256i sums_of_eight(const BytePiece& piece) {
     const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(piece.codes));
     const __m256i sums =
         _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
     return _mm256_sub_epi64(sums, _mm256_set1_epi64x(8 * 128));
 }
-
-// What follows the codes in a piece.
-SMOLRUN_INLINE void store_sums(BytePiece* piece, __m128i shifts_and_starts, __m128i rest) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(piece->shifts), shifts_and_starts);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(&piece->eightfold_sum), rest);
-}
-
+// The sums of the halves.
 template <int pieces>
-SMOLRUN_INLINE void store_byte_sums(const ByteRounding& with, int64_t panel, BytePiece* to) {
-    const __m256i first = sums_of_codes(to[0]);
-    const __m256i second = pieces == 2 ? sums_of_codes(to[panel]) : _mm256_setzero_si256();
+SMOLRUN_INLINE __m128i sums_of_codes(int64_t panel, const BytePiece* from) {
+    const __m256i first = sums_of_eight(from[0]);
+    const __m256i second = pieces == 2 ? sums_of_eight(from[panel]) : _mm256_setzero_si256();
     // Halves 0, 2, 1, 3, 64 bits each.
     const __m256i halves = _mm256_add_epi64(_mm256_unpacklo_epi64(first, second),
                                             _mm256_unpackhi_epi64(first, second));
     const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6);
-    const __m128i of_codes = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order));
+    return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(halves, order));
+}
+
+// What follows the codes in a piece.
+SMOLRUN_INLINE void store_sums(BytePiece* piece, __m128i shifts_and_starts, __m128i rest) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(piece->shifts), shifts_and_starts);
+    _mm_store_si128(reinterpret_cast<__m128i*>(&piece->eightfold_sum), rest);
+}
+template <int pieces>
+SMOLRUN_INLINE void store_sums(const ByteRounding& with, __m128i of_codes, int64_t panel,
+                               BytePiece* to) {
     const __m128i starts = _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), of_codes), 7);
     const __m128i sums = _mm_sllv_epi32(of_codes, with.shifts);
     const __m128i both = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, _MM_SHUFFLE(2, 3, 0, 1)));
@@ -113,10 +120,12 @@ SMOLRUN_INLINE void quantize_pairs(const float* x, int64_t pairs, int64_t panel,
     ByteRounding with[kPairsTogether];
     for (int64_t i = 0; i < pairs; ++i) with[i] = byte_rounding(largest[i], steps, finest);
     for (int64_t i = 0; i < pairs; ++i) {
-        store_byte_codes<pieces>(x + 64 * i, with[i], panel, to + 2 * i * panel);
+        store_codes<pieces>(x + 64 * i, with[i], panel, to + 2 * i * panel);
     }
+    __m128i sums[kPairsTogether];
+    for (int64_t i = 0; i < pairs; ++i) sums[i] = sums_of_codes<pieces>(panel, to + 2 * i * panel);
     for (int64_t i = 0; i < pairs; ++i) {
-        store_byte_sums<pieces>(with[i], panel, to + 2 * i * panel);
+        store_sums<pieces>(with[i], sums[i], panel, to + 2 * i * panel);
     }
 }
 

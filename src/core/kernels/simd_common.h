@@ -51,10 +51,9 @@ SMOLRUN_INLINE float sum_lanes(Floats x) {
 }
 // The largest lane of four vectors; none is NaN.
 SMOLRUN_INLINE __m128 max_lanes(Floats a, Floats b, Floats c, Floats d) {
-    const __m128 x = fold_max(a), y = fold_max(b), z = fold_max(c), w = fold_max(d);
-    const __m128 xy = _mm_max_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));
-    const __m128 zw = _mm_max_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
-    return _mm_max_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy));
+    const Floats ab = max(interleave_low(a, b), interleave_high(a, b));
+    const Floats cd = max(interleave_low(c, d), interleave_high(c, d));
+    return fold_max(max(join_low(ab, cd), join_high(ab, cd)));
 }
 SMOLRUN_INLINE int32_t sum_lanes(Words x) {
     __m128i y = fold_sum(x);
