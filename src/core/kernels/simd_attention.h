@@ -12,7 +12,7 @@ namespace {
 // block's.
 template <int rows, int vectors, int of>
 SMOLRUN_INLINE void add_values(const AttentionTask& task, const RowTile& tile, const int16_t* v,
-                               const Ahead& ahead, int64_t first, int64_t last, int begin,
+                               const Ahead<of>& ahead, int64_t first, int64_t last, int begin,
                                const BlockRows<of>& block) {
     const auto lanes = [&](int i) { return i == vectors - 1 ? last : int64_t{kLanes}; };
     Words totals[rows][vectors];
@@ -52,7 +52,7 @@ constexpr int kValueRows = rows == 12 ? 6 : rows;
 // values of the rows from `row` of the block on, all channels.
 template <int rows>
 SMOLRUN_INLINE void add_values_of_rows(const AttentionTask& task, const RowTile& tile,
-                                       const int16_t* v, const Ahead& ahead, int row,
+                                       const int16_t* v, const Ahead<rows>& ahead, int row,
                                        const BlockRows<rows>& block) {
     constexpr int together = kValueRows<rows>;
     constexpr int fitting = kAttentionTotals / together;
@@ -79,8 +79,9 @@ void attend_block(const AttentionTask& task, const RowTile& tile, int64_t row, i
     }
     const Block block = block_at(task, begin);
     const Block next = block_at(task, smaller(begin + kBlockTokens, task.length - 1));
-    const Block far = block_at(task, smaller(begin + 2 * kBlockTokens, task.length - 1));
-    const Ahead with_k{block.v, far.k}, with_v{next.k, far.v};
+    const Block far =
+        block_at(task, smaller(begin + kBlocksAhead<rows> * kBlockTokens, task.length - 1));
+    const Ahead<rows> with_k{block.v, far.k}, with_v{next.k, far.v};
     with_k.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);  // the scales
     with_v.ask(task.head_dim * kBlockTokens, kBlockTokens * 4);
     score_block<rows>(task, tile, block.k, block.v, with_k, rows_of_block);

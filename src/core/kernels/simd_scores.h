@@ -59,12 +59,18 @@ SMOLRUN_INLINE Floats load_scales(const int16_t* block, int64_t head_dim, int64_
     return as_floats(load_words(block + head_dim * kBlockTokens + 2 * token));
 }
 
-// Blocks lie anywhere in memory. While K is used, V of the block is asked for from the second-level
-// cache, and K two blocks ahead from memory; while V is used, K of the next block and V two ahead.
+// Blocks lie anywhere in memory. While K is used, K of a later block is asked for from memory, and
+// while V is used, V. Many rows take long enough for what comes next, too, to be asked for from the
+// second-level cache; few wait for memory, and have no slot of the first level to spare for that.
+template <int rows>
+constexpr bool kFewRows = rows <= 4;
+template <int rows>
+constexpr int64_t kBlocksAhead = kFewRows<rows> ? 1 : 2;
+template <int rows>
 struct Ahead {
     const int16_t *next, *far;  // what comes next, and what comes later
     SMOLRUN_INLINE void ask(int64_t element, int64_t bytes) const {
-        prefetch(next + element, bytes);
+        if constexpr (!kFewRows<rows>) prefetch(next + element, bytes);
         prefetch_far(far + element, bytes);
     }
 };
@@ -201,7 +207,8 @@ SMOLRUN_INLINE void store_weights(const Floats (*weighted)[vectors], const float
 // codes[row][32] of exp(q . k - reference) * scale of V, 0 past the row's count.
 template <int rows>
 SMOLRUN_INLINE void score_block(const AttentionTask& task, const RowTile& tile, const int16_t* k,
-                                const int16_t* v, const Ahead& ahead, BlockRows<rows>& block) {
+                                const int16_t* v, const Ahead<rows>& ahead,
+                                BlockRows<rows>& block) {
     constexpr int vectors = static_cast<int>(kBlockTokens) / kLanes;
     Words dots[rows][vectors];
     for (auto& of_row : dots) {
