@@ -257,3 +257,18 @@ def test_calls_written_as_python(
     ]  # fmt: skip
     text = caller.template.render(past, template_arguments=PYTHON)
     assert "<code>\nget_weather(city='Oslo', days=2)\n</code>" in text
+
+
+def test_tools_under_the_name_that_a_template_has_for_them(trained: Model) -> None:
+    asked: dict[str, Any] = {"tools": None, "think": False, "parallel_tool_calls": False}
+    result = ask(
+        trained, True, tool_choice="get_weather", template_arguments={"xml_tools": TOOLS}, **asked
+    )
+    check(result)
+    assert (result.finish_reason, result.tool_calls[0].name) == ("tool_calls", "get_weather")
+    # What describes no function is text for the model, and nothing that can be called.
+    for odd in (["f(x)"], [{"name": "a b"}], [TOOLS[0], TOOLS[0]]):
+        arguments = {"template_arguments": {"xml_tools": odd}, "max_tokens": 3}
+        assert ask(trained, False, **asked, **arguments).tool_calls == ()
+        with pytest.raises(RequestError, match="needs tools"):
+            ask(trained, False, tool_choice="required", **asked, **arguments)

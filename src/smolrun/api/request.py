@@ -201,12 +201,15 @@ def _tools(given: dict[str, Any]) -> tuple[list[Any] | None, ToolPlan | None]:
     tools, choice, parallel = (
         given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")
     )
-    if tools is None and choice is None and parallel is None:
+    arguments = given.get("template_arguments")
+    beside = arguments.get("xml_tools") if isinstance(arguments, Mapping) else None
+    if tools is None and choice is None and parallel is None and beside is None:
         return None, None
-    from smolrun.text.tool_calls import as_tools, tool_plan
+    from smolrun.text.tool_calls import as_tools, described_tools, tool_plan
 
     tools = as_tools(tools)
-    return tools, tool_plan(tools, choice, parallel)
+    # What the template is given under its own name can be called as well.
+    return tools, tool_plan(described_tools(beside) if tools is None else tools, choice, parallel)
 
 
 def _code_signatures(given: Mapping[str, Any]) -> Signatures | None:

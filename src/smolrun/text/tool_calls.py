@@ -41,6 +41,17 @@ def as_tools(tools: Any) -> list[Any] | None:
     return [function_tool(tool) if callable(tool) else tool for tool in tools]
 
 
+def described_tools(tools: Any) -> list[Any] | None:
+    """`xml_tools` of a template's arguments where all are objects that describe a function."""
+    if not isinstance(tools, list):
+        return None
+    try:
+        names = {_definition(tool, "xml_tools")[0] for tool in tools}
+    except RequestError:
+        return None
+    return tools if len(names) == len(tools) else None
+
+
 def tool_plan(
     tools: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: Any = None
 ) -> ToolPlan | None:
