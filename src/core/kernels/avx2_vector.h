@@ -30,6 +30,9 @@ constexpr int64_t kTilePanelTokens = 8;
 // Pairs of products with codes of 8 bits do not fit 16.
 constexpr int kByteProductBits = 6;
 constexpr bool kTopmostBits = false;
+// Whether one token asks for a long stretch of weights nearer than others (simd_pieces.h): where
+// memory is fast it would get half of the bandwidth then, as a line takes two loads.
+constexpr bool kExtendedNear = false;
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 6;
 constexpr int kFewFloatTokens = 3;

@@ -39,6 +39,8 @@ constexpr int64_t kTilePanelTokens = 48;
 constexpr int kByteProductBits = 8;
 // Codes with an offset stand at the top of their byte, so that all have the same offset.
 constexpr bool kTopmostBits = true;
+// Whether one token asks for a long stretch of weights nearer than others (simd_pieces.h).
+constexpr bool kExtendedNear = true;
 // Tiles of a product of float weights: vectors of rows x tokens, 2 x 12 totals. And so many tokens
 // that one group of rows at a time does.
 constexpr int kTileVectors = 2;

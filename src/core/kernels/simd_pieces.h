@@ -136,7 +136,8 @@ constexpr PrefetchDistance kPrefetchPacked =
 constexpr int64_t kExtendedBytes = 96 * 1024;
 template <WeightType type>
 SMOLRUN_INLINE bool is_extended(int64_t columns, int64_t rows) {
-    return rows * (columns / layout(type).weights) * layout(type).bytes >= kExtendedBytes;
+    return kExtendedNear &&
+           rows * (columns / layout(type).weights) * layout(type).bytes >= kExtendedBytes;
 }
 
 // Asks for weights some way ahead of a piece. The scales of a block of several pieces stand at its
