@@ -120,17 +120,21 @@ SMOLRUN_INLINE const std::byte* high_plane(const std::byte* block, int piece, in
 //
 // For many tokens in the second level: inputs come from there, and must not wait behind weights. So
 // too for one token and a brief stretch of weights, much of which was asked for before its phase.
-// In an extended one the first level serves it better, but where a piece is read in several places.
+// In an extended one the first level serves it better where blocks are small, and less far ahead
+// where a piece is read in several places.
 enum class Stretch { brief, extended };
 struct PrefetchDistance {
     int64_t bytes;
     _mm_hint hint;
 };
 template <WeightType type, Stretch stretch>
-constexpr PrefetchDistance kPrefetchPacked =
-    stretch != Stretch::extended ? PrefetchDistance{8192, _MM_HINT_T1}
-    : Format<type>::sub_blocks   ? PrefetchDistance{4096, _MM_HINT_T1}
-                                 : PrefetchDistance{4096, _MM_HINT_T0};
+consteval PrefetchDistance prefetch_distance() {
+    using F = Format<type>;
+    const bool several_places = F::sub_blocks || (F::block_pieces > 1 && F::at.high_bits != 0);
+    if (stretch == Stretch::extended && several_places) return {4096, _MM_HINT_T1};
+    if (stretch == Stretch::extended && F::block_pieces == 1) return {4096, _MM_HINT_T0};
+    return {8192, _MM_HINT_T1};
+}
 
 // Of the rows of a call for one token.
 constexpr int64_t kExtendedBytes = 96 * 1024;
@@ -145,7 +149,7 @@ SMOLRUN_INLINE bool is_extended(int64_t columns, int64_t rows) {
 template <WeightType type, Stretch stretch>
 SMOLRUN_INLINE void prefetch_ahead(const std::byte* block, int piece) {
     using F = Format<type>;
-    constexpr PrefetchDistance ahead = kPrefetchPacked<type, stretch>;
+    constexpr PrefetchDistance ahead = prefetch_distance<type, stretch>();
     constexpr int64_t blocks = (ahead.bytes + F::block_bytes - 1) / F::block_bytes;
     constexpr int64_t part = F::block_bytes / F::block_pieces;
     const int64_t first = (piece + F::block_pieces - 1) % F::block_pieces * part;
