@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -139,21 +140,42 @@ def _refused(name: str) -> None:
     raise AssertionError(f"{name} in a reply")
 
 
+class Slow:
+    """A runner whose every step takes so many seconds longer."""
+
+    def __init__(self, runner: Any, seconds: float) -> None:
+        self.seconds = seconds
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def step(self, *arguments: Any) -> None:
+        time.sleep(self.seconds)
+        self._runner.step(*arguments)
+
+
 @contextlib.contextmanager
-def slowed(model: Model, seconds: float) -> Iterator[None]:
-    """Every step of the engine takes so much longer."""
+def slowed(model: Model, seconds: float) -> Iterator[Slow]:
+    """Steps take long, so that a test can act meanwhile however busy the machine is.
+
+    Whoever has acted may set the seconds to 0.
+    """
     runner: Any = model.loaded.engine.runner
+    slow = Slow(runner, seconds)
+    model.loaded.engine.runner = slow
+    try:
+        yield slow
+    finally:
+        model.loaded.engine.runner = runner
 
-    class Slow:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(runner, name)
 
-        def step(self, *arguments: Any) -> None:
-            time.sleep(seconds)
-            runner.step(*arguments)
-
-    model.loaded.engine.runner = Slow()
+@contextlib.contextmanager
+def limited(running: Running, **limits: float) -> Iterator[None]:
+    """Requests have other limits; the answer that is asked for before and after has not."""
+    before = running.service.limits
+    running.service.limits = replace(before, **limits)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        model.loaded.engine.runner = runner
+        running.service.limits = before

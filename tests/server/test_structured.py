@@ -100,6 +100,12 @@ BAD: list[dict[str, Any]] = [  # API-06
     {"response_format": AS_SCHEMA, "regex": "a"},
     {"regex": "a", "choices": ["b"]},
     {"response_format": AS_SCHEMA, "json_schema": SCHEMA},
+    # A megabyte.
+    {"json_schema": {"enum": [f"{n:09}" for n in range(80_000)]}},
+    {"json_schema": {"const": "x" * 1_000_000}},
+    {"regex": "a" * 1_000_000},
+    {"grammar": 'start: "' + "a" * 1_000_000 + '"'},
+    {"choices": ["x" * 10_000] * 100},
 ]
 
 
@@ -123,6 +129,8 @@ HEAVY: list[dict[str, Any]] = [
     {"regex": "(a+)+$"},
     {"regex": "(a{1,1000}){1,1000}"},
     {"choices": ["x" * 200] * 1000},
+    {"json_schema": {"enum": [f"{n:09}" for n in range(15_000)]}},  # nearly all that may be asked
+    {"regex": "a" * 250_000},
 ]
 
 

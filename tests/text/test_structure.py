@@ -228,6 +228,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"$ref": "http://localhost:1/x"}}, "response_format: .*not present"),
     ({"response_format": {"type": "integer", "multipleOf": 1_000_003}}, "response_format: multipl"),
     ({"response_format": {"type": "integer", "multipleOf": -2}}, "response_format: multipl"),
+    ({"response_format": {"type": "integer", "multipleOf": True}}, "response_format: .*multipleOf"),
     ({"response_format": {"type": "string", "format": "banana"}}, "response_format: .*banana"),
     ({"response_format": {"enum": ["v" * 99] * 10_000}}, "response_format: at most"),
     ({"regex": "a", "choices": ["a"]}, "regex and choices: a text can have one form only"),

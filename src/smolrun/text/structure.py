@@ -98,6 +98,8 @@ def schema_text(schema: Any, field: str) -> str:
         part = pending.pop()
         if isinstance(part, Mapping):
             multiple = part.get("multipleOf")
+            if isinstance(multiple, bool):
+                multiple = None  # an int to Python; llguidance says that it is no number
             if isinstance(multiple, (int, float)) and not _is_small_multiple(multiple):
                 raise RequestError(
                     f"{field}: multipleOf: expected a number above 0 and, its point left out, "
