@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from smolrun.cli.main import main
+from smolrun.cli.options import UsageError, text_of
 from smolrun.measure.formats import PLAN
+from smolrun.measure.text import sample_text
 from tests.api.tiny import TEXT
 
 
@@ -18,6 +21,22 @@ def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return str(path)
+
+
+def test_text_comes_from_a_file_or_from_the_package(tmp_path: Path) -> None:
+    def read(path: Path | None) -> str:
+        return text_of(argparse.Namespace(text=path))
+
+    assert len(sample_text().split()) > 3000
+    assert read(None) == sample_text()
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"more\r\nwords\n\n")
+    assert read(path) == "more\nwords\n", "the newline at the end is the editor's"
+    with pytest.raises(UsageError, match="No such file"):
+        read(tmp_path / "none.txt")
+    path.write_bytes(b"ab\xff")
+    with pytest.raises(UsageError, match="not UTF-8 text \\(byte 2\\)"):
+        read(path)
 
 
 def test_perplexity(tiny: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from smolrun.engine.likelihood import text_windows
 from smolrun.measure.comparison import compare
 from smolrun.measure.divergence import kl_divergence, side_by_side
 from smolrun.measure.tables import Table, markdown
-from smolrun.measure.text import sample_text, text_of
 from tests.api.tiny import TEXT, make_folder
 
 
@@ -95,16 +94,3 @@ def test_a_comparison_of_files(folders: tuple[Path, Path]) -> None:
     assert len(table.rows) == 3
     assert "| wide |" in markdown([table, note])
     assert found.as_dict()["base"] == "one"
-
-
-def test_text_comes_from_a_file_or_from_the_package(tmp_path: Path) -> None:
-    assert len(sample_text().split()) > 3000
-    assert text_of(None) == sample_text()
-    path = tmp_path / "text.txt"
-    path.write_text("words\n\n")
-    assert text_of(path) == "words\n", "the newline at the end is the editor's, as in llama.cpp"
-    with pytest.raises(RequestError, match="No such file"):
-        text_of(tmp_path / "none.txt")
-    path.write_bytes(b"ab\xff")
-    with pytest.raises(RequestError, match="not UTF-8 text \\(byte 2\\)"):
-        text_of(path)

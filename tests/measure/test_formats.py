@@ -10,7 +10,7 @@ import pytest
 
 from smolrun.errors import RequestError, ResourceError
 from smolrun.files.checkpoint import open_checkpoint
-from smolrun.measure.formats import PLAN, FormatTable, efficient, measure_formats
+from smolrun.measure.formats import PLAN, FormatTable, efficient, measure_formats, model_stem
 from smolrun.measure.plot import save_plot
 from smolrun.measure.tables import Table, markdown
 from tests.api.tiny import TEXT, make_folder
@@ -97,3 +97,16 @@ def test_a_plot_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ResourceError, match=r"pip install 'smolrun\[plot\]'"):
         save_plot(table, tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize(
+    ("path", "stem"),
+    [
+        ("models/smollm2-135m-f16.gguf", "smollm2-135m-f16"),
+        ("model.safetensors", "model"),
+        ("models/SmolLM2-1.7B", "SmolLM2-1.7B"),
+        ("SmolLM3-3B/.", "SmolLM3-3B"),
+    ],
+)
+def test_a_folder_keeps_its_whole_name(path: str, stem: str) -> None:
+    assert model_stem(Path(path)) == stem

@@ -39,9 +39,8 @@ def add_arguments(parser: Parser) -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run the verb."""
     from smolrun.measure.comparison import compare
-    from smolrun.measure.text import text_of
 
-    text = text_of(arguments.text)
+    text = options.text_of(arguments)
     paths = [
         options.resolved(name, arguments, console) for name in (arguments.base, *arguments.others)
     ]

@@ -46,16 +46,15 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.engine.machine import machine_report
     from smolrun.engine.native import resolve_isa
     from smolrun.measure.ceilings import CeilingMeter
-    from smolrun.measure.formats import PLAN, measure_formats
+    from smolrun.measure.formats import PLAN, measure_formats, model_stem
     from smolrun.measure.plot import SUFFIXES, save_plot
-    from smolrun.measure.text import text_of
 
     plot: Path | None = arguments.plot
     if plot is not None and plot.suffix not in SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in .svg or .png, found {plot}")
-    text = text_of(arguments.text)
+    text = options.text_of(arguments)
     source = options.resolved(arguments.model, arguments, console)
-    folder = arguments.output or Path(f"{source.resolve().stem}-formats")
+    folder = arguments.output or Path(f"{model_stem(source)}-formats")
     meter = CeilingMeter(resolve_isa(), arguments.threads or machine_report().threads)
     meter.measure(samples=5)
     found = measure_formats(

@@ -38,12 +38,11 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.errors import OutputError
     from smolrun.files.imatrix import write_imatrix
     from smolrun.measure.importance import measure_importance
-    from smolrun.measure.text import text_of
 
     target = Path(arguments.target).expanduser()
     if target.exists() and not arguments.force:
         raise OutputError(f"{target}: is there already; --force replaces it")
-    text = text_of(arguments.text)
+    text = options.text_of(arguments)
     path = options.resolved(arguments.model, arguments, console)
     with Model(path, **options.reading_of(arguments)) as model:
         found = measure_importance(

@@ -125,6 +125,14 @@ def add_text(parser: Parser) -> None:
                 help="tokens read from an empty cache at a time (default 512)")  # fmt: skip
 
 
+def text_of(arguments: argparse.Namespace) -> str:
+    """What --text names without the newline at its end, or else the sample that comes with it."""
+    from smolrun.measure.text import sample_text
+
+    path: Path | None = arguments.text
+    return sample_text() if path is None else read_text(path).removesuffix("\n")
+
+
 def add_reading(parser: Parser) -> None:
     """How weights are held and multiplied, for verbs that measure."""
     parser.flag("-t", "--threads", type=positive, metavar="N", help="default: see smolrun doctor")
@@ -365,7 +373,7 @@ def read_text(path: Path) -> str:
 
 def _decoded(data: bytes, origin: str) -> str:
     if len(data) > MAX_TEXT_BYTES:
-        raise UsageError(f"{origin} has more than {MAX_TEXT_BYTES >> 20} MiB; no context holds it")
+        raise UsageError(f"{origin} has more than {MAX_TEXT_BYTES >> 20} MiB; take a part of it")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -38,13 +38,12 @@ def add_arguments(parser: Parser) -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run the verb."""
     from smolrun.api import Model
-    from smolrun.measure.text import text_of
 
     names = ([arguments.model] if arguments.model else []) + arguments.words
     names = names or [options.model_and_words(arguments)[0]]
     if len(names) > 1:
         raise UsageError(f"perplexity takes one model, found also {' '.join(names[1:])}")
-    text = text_of(arguments.text)
+    text = options.text_of(arguments)
     path = options.resolved(names[0], arguments, console)
     with Model(path, **options.reading_of(arguments)) as model:
         found = model.perplexity(

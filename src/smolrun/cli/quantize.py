@@ -122,7 +122,6 @@ def _to_fit(
 ) -> Quantized:
     from smolrun.files.imatrix import read_imatrix
     from smolrun.measure.fit import quantize_to_fit
-    from smolrun.measure.text import text_of
 
     if arguments.tensor_type or arguments.strict:
         raise UsageError("--fit chooses all types itself; leave --tensor-type and --strict away")
@@ -130,7 +129,7 @@ def _to_fit(
         path,
         target,
         arguments.fit,
-        text_of(arguments.text),
+        options.text_of(arguments),
         arguments.text.name if arguments.text else "smolrun's sample of English",
         importance=read_imatrix(arguments.imatrix) if arguments.imatrix else None,
         overwrite=arguments.force,
@@ -140,6 +139,8 @@ def _to_fit(
         progress=lambda done, total: console.writing("weights", done, total),
     )
     console.note(f"predicted KL divergence {fit.predicted_kl:.2e}")
+    if fit.mix is not None:
+        console.note(f"no other choice of types was found to lose clearly less than {fit.mix.name}")
     return made
 
 

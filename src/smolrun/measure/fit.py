@@ -8,17 +8,22 @@ summed over weights: to second order the divergence is quadratic in the errors, 
 different weights have nothing to do with each other. The errors are those of the very bytes that
 would be written; a group's sensitivity is the KL divergence of the model with only that group
 quantized, measured on a text, over the group's error. An exact knapsack then chooses.
+
+Where a named mix that fits is predicted to lose nearly as little, both are measured whole, and the
+mix is taken unless the other choice is clearly the better one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +38,13 @@ from smolrun.files.gguf_names import gguf_name
 from smolrun.files.imatrix import ImportanceMatrix
 from smolrun.files.quantize import Quantized, quantize_files
 from smolrun.files.weights import NativeWeights, WeightLoading, weight_of
-from smolrun.measure.divergence import kl_divergence
+from smolrun.measure.divergence import Estimate, Values, kl_divergence
 from smolrun.measure.importance import SummingRunner, multiplied
 from smolrun.model.llama import build
 from smolrun.model.program import Program
 from smolrun.quant.blocks import dequantize
 from smolrun.quant.knapsack import cheapest
-from smolrun.quant.mixes import MIXES, Mix, fitting
+from smolrun.quant.mixes import MIXES, Mix, choose_types, fitting
 from smolrun.quant.native import quantize
 from smolrun.quant.tensor import Tensor
 from smolrun.quant.types import WeightType
@@ -50,6 +55,11 @@ Ints = npt.NDArray[np.int32]
 
 TOKENS = 512  # that are read from an empty cache
 IMPORTANCE_TOKENS = 4096
+_TRIAL_TOKENS = 2 * TOKENS  # that whole choices are measured on: the last ones of those above
+# Losses found are up to twice those predicted (docs/decisions.md): a mix beyond can not be better.
+_NEAR = 2.0
+# In standard errors: by how much a choice must be better than a mix to be taken.
+_CLEAR = 2.0
 _ROWS = 128  # tokens of a step
 
 # What a weight may become, where its blocks fill the rows.
@@ -77,6 +87,12 @@ class Size:
     nbytes: int = 0  # of the file
     bits_per_weight: float | None = None  # of all weights, scales and vectors included
 
+    def holds(self, made: Quantized) -> bool:
+        """Whether a file is that small."""
+        if self.bits_per_weight is not None:
+            return made.bits_per_weight <= self.bits_per_weight
+        return made.nbytes <= self.nbytes
+
     @classmethod
     def parse(cls, text: str) -> Size:
         """Of "80MB", "1.9 GB", "4.5bpw" or a number of bytes; ValueError for anything else."""
@@ -100,7 +116,8 @@ class Fit:
 
     types: dict[str, WeightType]  # by GGUF name
     predicted_kl: float  # on the text, if losses add up as assumed
-    importance: ImportanceMatrix  # of the text
+    importance: ImportanceMatrix | None  # of the text; None: a mix that is made without
+    mix: Mix | None = None  # that these types are of
 
 
 class Fitting:
@@ -132,8 +149,11 @@ class Fitting:
         }
         vectors = [shape for shape in shapes.values() if not shape[1:]]
         self._vectors = sum(padded(4 * shape[0], DEFAULT_ALIGNMENT) for shape in vectors)
+        config = checkpoint.config
+        self._query_group = config.num_attention_heads // config.num_key_value_heads
         self._costs: dict[str, list[float]] = {}
         self._importance = ImportanceMatrix({}, {})
+        self._tokens = np.empty(0, np.int32)
 
     def check(self, room: int) -> None:
         """Raise RequestError where tensors do not fit into so many bytes, whatever their types."""
@@ -155,8 +175,8 @@ class Fitting:
         """Measure what each matrix loses in each type.
 
         Args:
-            text: tokens; divergence is measured on the first 512, the importance of columns on
-                the first 4096.
+            text: tokens; the importance of columns is measured on the first 4096, divergence on
+                the first 512 of them, that of whole choices on the last 1024.
             threads: to compute with.
             importance: of columns; None: measured.
             progress: told the models measured and all.
@@ -164,13 +184,15 @@ class Fitting:
         Raises:
             RequestError: the text is too short.
         """
-        tokens = np.array(text[:IMPORTANCE_TOKENS], np.int32)
-        if len(tokens) < BLOCK_TOKENS:
-            raise RequestError(f"the text has {len(tokens)} tokens; take one of {TOKENS} or more")
+        text_tokens = np.array(text[:IMPORTANCE_TOKENS], np.int32)
+        if len(text_tokens) < BLOCK_TOKENS:
+            raise RequestError(
+                f"the text has {len(text_tokens)} tokens; take one of {TOKENS} or more"
+            )
         reader = _Reader(self._program, threads)
         weights = self._loaded(threads)
-        matrix = importance or reader.importance(weights, tokens)
-        tokens = tokens[:TOKENS]
+        matrix = importance or reader.importance(weights, text_tokens)
+        tokens = text_tokens[:TOKENS]
         base = reader.read(weights, tokens)
         groups = _groups(list(self._matrices))
         sensitivity: dict[str, float] = {}
@@ -188,10 +210,10 @@ class Fitting:
                 columns = matrix.importance(gguf_name(name))
                 errors = pool.map(partial(_error, tensor, importance=columns), self._choices[name])
                 self._costs[name] = [sensitivity[name] * error for _, error in errors]
-        self._importance = matrix
+        self._importance, self._tokens = matrix, text_tokens[-_TRIAL_TOKENS:]
 
     def choose(self, room: int) -> Fit:
-        """The types that lose least; `room`: bytes that tensors may take, vectors included."""
+        """The types that should lose least; `room`: bytes for tensors, vectors included."""
         self.check(room)
         options = [
             list(zip(self._sizes[name], costs, strict=True)) for name, costs in self._costs.items()
@@ -204,6 +226,47 @@ class Fitting:
             sum(self._costs[name][i] for name, i in chosen),
             self._importance,
         )
+
+    def near(self, fit: Fit) -> list[Fit]:
+        """Mixes that may lose less than what was chosen, whatever their size, likeliest first.
+
+        Each with the importance of columns, by which it may be larger, and without.
+        """
+        shapes = {name: tensor.shape for name, tensor in self._matrices.items()}
+        found = []
+        for mix in MIXES.values():
+            for importance in (self._importance, None):
+                chosen = choose_types(
+                    mix, shapes, self._query_group, importance=importance is not None
+                )
+                predicted = self._predicted({name: c.type for name, c in chosen.items()})
+                if predicted <= _NEAR * fit.predicted_kl:
+                    types = {gguf_name(name): choice.type for name, choice in chosen.items()}
+                    found.append(Fit(types, predicted, importance, mix))
+        return sorted(found, key=lambda near: near.predicted_kl)
+
+    def _predicted(self, types: Mapping[str, WeightType]) -> float:
+        """Of types by canonical name; infinite where it is not known."""
+        return sum(
+            self._costs[name][self._choices[name].index(kind)]
+            if kind in self._choices[name]
+            else math.inf
+            for name, kind in types.items()
+        )
+
+    def losses(self, fits: Sequence[Fit], *, threads: int) -> list[Values]:
+        """The KL divergence of each choice, measured at every token of the last 1024."""
+        reader = _Reader(self._program, threads)
+        weights = self._loaded(threads)
+        base = reader.read(weights, self._tokens)
+        found = []
+        with ThreadPoolExecutor(threads) as pool:
+            for fit in fits:
+                made = pool.map(partial(_made, fit=fit), self._matrices.values())
+                changed = {tensor.name: weight_of(tensor) for tensor in made}
+                other = reader.read({**weights, **changed}, self._tokens)
+                found.append(kl_divergence(base, other))
+        return found
 
     def _loaded(self, threads: int) -> NativeWeights:
         with WeightLoading.from_file(self._checkpoint, self._program, threads) as loading:
@@ -228,9 +291,11 @@ class _Reader:
         self._program, self._threads = program, threads
 
     def read(self, weights: NativeWeights, tokens: Ints) -> Floats:
-        """Logits (n, vocab_size)."""
+        """Logits (n, vocab_size), each 512 tokens read from an empty cache."""
         logits = np.empty((len(tokens), self._program.config.vocab_size), np.float32)
-        self._read(self._runner(weights), tokens, logits)
+        runner = self._runner(weights)
+        for begin in range(0, len(tokens), TOKENS):
+            self._read(runner, tokens[begin : begin + TOKENS], logits[begin : begin + TOKENS])
         return logits
 
     def importance(self, weights: NativeWeights, tokens: Ints) -> ImportanceMatrix:
@@ -298,6 +363,23 @@ def _error(
     return replace(tensor, type=weight_type, data=np.concatenate(pieces)), error
 
 
+def _made(tensor: Tensor, fit: Fit) -> Tensor:
+    """A matrix as a choice has it."""
+    name = gguf_name(tensor.name)
+    columns = fit.importance.importance(name) if fit.importance is not None else None
+    pieces = [
+        quantize(rows, tensor.type, tensor.columns, fit.types[name], columns).reshape(-1)
+        for rows in _row_pieces(tensor)
+    ]
+    return replace(tensor, type=fit.types[name], data=np.concatenate(pieces))
+
+
+def better(losses: Values, mix_losses: Values) -> bool:
+    """Whether losses, token by token, are clearly below those of a mix."""
+    gain = Estimate.of(mix_losses - losses)
+    return gain.value > _CLEAR * gain.error
+
+
 def _row_pieces(tensor: Tensor) -> Iterator[npt.NDArray[np.uint8]]:
     data = tensor.data.reshape(tensor.rows, -1)
     step = max(1, (1 << 19) // tensor.columns)
@@ -352,21 +434,44 @@ def quantize_to_fit(
         job.check(room)
         job.measure(tokens, threads=workers, importance=importance, progress=measuring)
         fit = job.choose(room)
+
+        def write(fit: Fit, dry_run: bool) -> Quantized:
+            return _written(
+                source, target, fit, text_name if importance is None else None,
+                overwrite=overwrite, dry_run=dry_run, threads=workers, progress=progress,
+            )  # fmt: skip
+
+        mixes = [near for near in job.near(fit) if size.holds(write(near, True))]
+        if mixes:
+            own, *others = job.losses([fit, *mixes], threads=workers)
+            best = min(range(len(mixes)), key=lambda i: others[i].mean())
+            if not better(own, others[best]):
+                fit = mixes[best]
     finally:
         checkpoint.close()
-    weights: Counter[WeightType] = Counter(fit.types.values())
-    base = weights.most_common(1)[0][0]
-    near = next(mix for mix in MIXES.values() if mix.base is base)
-    made = quantize_files(
+    return write(fit, dry_run), fit
+
+
+def _written(
+    source: str | Path, target: str | Path | None, fit: Fit, text_name: str | None, **how: Any
+) -> Quantized:
+    """The file of a choice; `text_name`: what importance was measured on, None: it was given."""
+    overrides: list[tuple[str, WeightType]] = []
+    mix = fit.mix
+    if mix is None:
+        base = Counter(fit.types.values()).most_common(1)[0][0]
+        near = next(mix for mix in MIXES.values() if mix.base is base)
+        mix = Mix("FIT", base, near.file_type)
+        overrides = [(f"^{re.escape(name)}$", kind) for name, kind in fit.types.items()]
+    matrix = fit.importance
+    if matrix is not None and text_name is not None:
+        matrix = replace(matrix, datasets=matrix.datasets or (text_name,))
+    return quantize_files(
         source,
         target,
-        Mix("FIT", base, near.file_type),
-        overrides=[(f"^{re.escape(name)}$", kind) for name, kind in fit.types.items()],
-        importance=replace(fit.importance, datasets=fit.importance.datasets or (text_name,)),
-        importance_name="measured by smolrun quantize --fit" if importance is None else "",
-        overwrite=overwrite,
-        dry_run=dry_run,
-        threads=workers,
-        progress=progress,
+        mix,
+        overrides=overrides,
+        importance=matrix,
+        importance_name="" if text_name is None else "measured by smolrun quantize --fit",
+        **how,
     )
-    return made, fit

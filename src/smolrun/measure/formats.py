@@ -188,12 +188,16 @@ def efficient(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
+def model_stem(source: Path) -> str:
+    """The name of a model's file without its ending, or that of its folder: SmolLM2-1.7B."""
+    return source.stem if source.suffix in (".gguf", ".safetensors") else source.resolve().name
+
+
 def _format_file(
     source: Path, folder: Path, name: str, progress: Callable[[str], None]
 ) -> FormatFile:
-    stem = source.stem if source.suffix in (".gguf", ".safetensors") else source.resolve().name
     # `model.F16.gguf` is a source like `model`: the format at its end is not part of the name.
-    stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", model_stem(source), flags=re.IGNORECASE)
     path = folder / f"{stem}.{name}.gguf"
     made = not path.exists() or path.stat().st_mtime < source.stat().st_mtime
     if made:
