@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,3 +172,23 @@ def test_keys_take_turns(folder: Path) -> None:  # SRV-06
         assert ended.index(KEYS[1]) <= 5
         for one in crowd:
             one.result()
+
+
+@pytest.mark.parametrize("how", ["replaced", "cut short"])
+def test_the_file_of_a_model_that_serves_changes(
+    folder: Path, tmp_path: Path, how: str
+) -> None:  # MEM-03
+    """Weights are packed when they are loaded, so not even a file that is cut short matters."""
+    own = shutil.copytree(folder, tmp_path / "model")
+    weights = own / "model.safetensors"
+    with Model(own, threads=1) as model, Running(model, Settings()) as running:
+        if how == "replaced":
+            (tmp_path / "other").write_bytes(b"nothing of a model")
+            os.replace(tmp_path / "other", weights)
+        else:
+            with weights.open("r+b") as file:
+                file.truncate(1000)
+        running.check_health()
+        vector = running.post("/v1/embeddings", {"input": "The sky"})
+        assert vector.status_code == 200
+        running.check_health()
