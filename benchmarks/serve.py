@@ -14,6 +14,9 @@ Terms, per answer of n tokens, of which each arrives in a piece of its own:
   gap    between two pieces that follow each other
 And over all answers: throughput, tokens per second from the first request to the last piece;
 goodput, answers per second that keep within --ttft and --tpot.
+
+With --health the time that our /health takes is measured while the clients ask; fewer --parallel
+than clients make them queue, and be turned away.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+T = TypeVar("T")
 
 WORDS = (
     *("water", "stone", "light", "river", "glass", "paper", "cloud", "engine", "garden", "winter"),
@@ -166,6 +171,31 @@ async def run(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[
     return [answer for answers in found for answer in answers]
 
 
+async def watched(url: str, answers: Awaitable[T]) -> tuple[T, list[float]]:
+    """What `answers` comes to, and how many seconds /health of the server took meanwhile."""
+    parts = urlsplit(url)
+    request = f"GET /health HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n"
+    times: list[float] = []
+    over = False
+
+    async def watch() -> None:
+        while not over:
+            begun = time.perf_counter()
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            writer.write(request.encode())
+            healthy = (await reader.read()).split()[1:2] == [b"200"]
+            writer.close()
+            times.append(time.perf_counter() - begun if healthy else math.inf)
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        return await answers, times
+    finally:
+        over = True
+        await watching
+
+
 def bodies_of(
     count: int, tokens: int, words: int, seed: int, bias: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -228,7 +258,7 @@ def _answers(port: int) -> bool:
 def servers(options: argparse.Namespace) -> dict[str, tuple[list[str], int, dict[str, str]]]:
     """Name: command, port, environment."""
     ours, theirs = free_port(), free_port()
-    most = max(options.clients)
+    most = options.parallel or max(options.clients)
     source = str(Path(__file__).resolve().parent.parent / "src")
     paths = [source, os.environ.get("PYTHONPATH", "")]
     found = {
@@ -290,6 +320,8 @@ def main() -> None:
     parser.add_argument("--bias", default="0,2", help="end-of-text tokens")
     parser.add_argument("--peer-path", help="of llama-cpp-python's server's other packages")
     parser.add_argument("--alone", action="store_true", help="no other server")
+    parser.add_argument("--health", action="store_true", help="measure ours while clients ask")
+    parser.add_argument("--parallel", type=int, help="answers of ours side by side; all clients'")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.clients = [int(number) for number in options.clients.split(",")]
@@ -304,13 +336,19 @@ def main() -> None:
             print(HEADER)
         for clients in options.clients:
             found: dict[str, list[Load]] = {name: [] for name in urls}
+            health: list[float] = []
             for number in range(options.rounds):
                 count = clients * options.answers
                 seed = 1000 * clients + number
                 bodies = bodies_of(count, options.tokens, options.words, seed, bias)
                 # Who begins changes, so that no side has the quieter moments.
                 for name in sorted(urls, reverse=bool(number % 2)):
-                    answers = asyncio.run(run(urls[name], bodies, clients))
+                    asking = run(urls[name], bodies, clients)
+                    if options.health and name == "smolrun":
+                        answers, times = asyncio.run(watched(urls[name], asking))
+                        health += times
+                    else:
+                        answers = asyncio.run(asking)
                     for error in {answer.error for answer in answers} - {None}:
                         print(f"{name}: {error}", file=sys.stderr)
                     found[name].append(load_of(answers, clients, options.ttft, options.tpot))
@@ -327,6 +365,12 @@ def main() -> None:
                 print(
                     f"         throughput, smolrun : llama-cpp-python = "
                     f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                )
+            if health and not options.json:
+                middle_time, late = percentile(health, 0.5), percentile(health, 0.99)
+                print(
+                    f"         /health of smolrun: {1000 * middle_time:.1f} ms, "
+                    f"p99 {1000 * late:.1f} ms, of {len(health)}"
                 )
             sys.stdout.flush()
 

@@ -25,6 +25,8 @@ from tests.engine.fakes import GatedRunner
 from tests.waiting import SECONDS, eventually, joined, started
 
 QUESTION = "Why is the sky blue?"
+# Greedy, as each token then makes a text: some tokens that could be drawn make none.
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 SEEDED: dict[str, Any] = {"max_tokens": 12, "seed": 7, "temperature": 0.9}
 
 
@@ -138,13 +140,13 @@ def test_what_is_wrong_is_told_at_the_start(model: Model) -> None:
 
 
 async def leave_the_loop(model: AsyncModel) -> None:
-    async for _ in model.stream(QUESTION, ignore_eos=True):
+    async for _ in model.stream(QUESTION, **ENDLESS):
         break
     gc.collect()
 
 
 async def leave_the_block(model: AsyncModel) -> None:
-    stream = model.stream(QUESTION, ignore_eos=True)
+    stream = model.stream(QUESTION, **ENDLESS)
     async with stream:
         await anext(stream)
 
@@ -153,7 +155,7 @@ async def cancel_the_task(model: AsyncModel) -> None:
     began = asyncio.Event()
 
     async def read() -> None:
-        async for _ in model.stream(QUESTION, ignore_eos=True):
+        async for _ in model.stream(QUESTION, **ENDLESS):
             began.set()
 
     task = asyncio.create_task(read())
@@ -164,7 +166,7 @@ async def cancel_the_task(model: AsyncModel) -> None:
 
 
 async def cancel_a_whole_answer(model: AsyncModel) -> None:
-    task = asyncio.create_task(model.chat(QUESTION, ignore_eos=True))
+    task = asyncio.create_task(model.chat(QUESTION, **ENDLESS))
     await until(lambda: model.model.statistics()["running"])
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -207,7 +209,7 @@ def test_a_task_cancelled_while_it_prepares(
         return honest(*arguments, **options)
 
     async def main() -> None:
-        task = asyncio.create_task(AsyncModel(model).chat(QUESTION, ignore_eos=True))
+        task = asyncio.create_task(AsyncModel(model).chat(QUESTION, **ENDLESS))
         await asyncio.to_thread(began.wait, SECONDS)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -281,13 +283,15 @@ def test_a_loop_that_closes_before_the_answer_ends(gated: tuple[Model, GatedRunn
     kept: list[Any] = []
 
     async def main() -> None:
-        kept.append(AsyncModel(model).stream(QUESTION, ignore_eos=True))
+        kept.append(AsyncModel(model).stream(QUESTION, **ENDLESS))
         await anext(kept[0])
 
     runner.hold(2)
     asyncio.run(main())
     runner.go_on()
     assert model.generate("x", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+    # Not every token makes a text, and so wakes somebody.
+    assert eventually(lambda: model.statistics()["cancelled"])
     ended(model, cancelled=1)
 
 
@@ -296,7 +300,7 @@ def test_closing_ends_what_is_under_way(gated: tuple[Model, GatedRunner]) -> Non
 
     async def main() -> None:
         asynchronous = AsyncModel(model)
-        answer = asyncio.create_task(asynchronous.chat(QUESTION, ignore_eos=True))
+        answer = asyncio.create_task(asynchronous.chat(QUESTION, **ENDLESS))
         await until(lambda: model.statistics()["running"])
         closing = asyncio.create_task(asynchronous.close())
         await asyncio.sleep(0.01)

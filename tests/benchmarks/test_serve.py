@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve import Answer, ask, bodies_of, load_of, percentile, run
+from serve import Answer, ask, bodies_of, load_of, percentile, run, watched
 
 
 def test_the_figures_of_given_times() -> None:
@@ -122,3 +122,26 @@ def test_errors_are_counted() -> None:
     assert (load.answers, load.errors) == (1, 2)
     nobody = asyncio.run(ask("http://127.0.0.1:9/v1/completions", {}))
     assert nobody.error
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"503 Service Unavailable"])
+def test_health_is_timed_meanwhile(status: bytes) -> None:
+    async def answer(reader: Any, writer: Any) -> None:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /health ")
+        try:
+            await asyncio.sleep(0.03)
+            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n")
+        finally:
+            writer.close()
+
+    async def main() -> tuple[str, list[float]]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            return await watched(f"http://127.0.0.1:{port}/v1", asyncio.sleep(0.5, "done"))
+
+    done, times = asyncio.run(main())
+    assert done == "done"
+    assert times
+    assert all(0.0299 <= seconds < math.inf for seconds in times) == status.startswith(b"200")
+    assert all(seconds == math.inf for seconds in times) == status.startswith(b"503")

@@ -81,6 +81,41 @@ def test_many_clients_at_once(wide: Running) -> None:  # ISO-01, shortened
     wide.check_health()
 
 
+def test_nothing_around_a_request_changes_a_bit(wide: Running, folder: Path) -> None:
+    """NUM-01/02/03 with logprobs: threads, neighbours, and prompts that the cache knows."""
+    bodies = [
+        {
+            "messages": [{"role": "user", "content": f"{number} " + "and so on " * (10 * number)}],
+            "max_tokens": 12,
+            "temperature": number % 2,
+            "seed": number,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "ignore_eos": True,
+        }
+        for number in range(8)
+    ]
+
+    def choices(running: Running, body: dict[str, Any]) -> Any:
+        reply = running.post(CHAT, body)
+        assert reply.status_code == 200, reply.text
+        cached.append(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return reply.json()["choices"]
+
+    cached: list[int] = []
+    expected = [choices(wide, body) for body in bodies]
+    assert len({json.dumps(choice["logprobs"]) for (choice,) in expected}) == len(bodies)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda body: choices(wide, body), bodies)) == expected
+    assert max(cached[:8]) < max(cached[8:])
+    for threads in (2, 3):
+        with (
+            Model(folder, threads=threads, context_size=1024) as model,
+            Running(model, Settings()) as other,
+        ):
+            assert [choices(other, body) for body in bodies] == expected
+
+
 def breaks(owner: Any, name: str, marked: Callable[..., bool]) -> Callable[..., Any]:
     """A method that fails for the marked request only."""
     method = getattr(owner, name)
