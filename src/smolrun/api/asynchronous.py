@@ -66,11 +66,12 @@ class AsyncStream(AsyncIterator[Event]):
         return self
 
     def share(self, bell: Bell) -> None:
-        """From now on, ring a bell that other streams of the same task may ring too.
+        """On the loop: from now on, ring a bell that other streams of the same task may ring too.
 
         The stream has started, and is read by `poll` from now on.
         """
         self._bell = bell
+        bell.hang()
         if self._stream is not None:
             # The engine holds the bell, not the stream: a stream that nobody holds is cancelled.
             self._stream.notify(bell.ring)
@@ -128,13 +129,16 @@ class Bell:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._silent = True  # nobody has rung since
+        self._silent = False  # the task listens, and nobody has rung since
         self._rung = False  # and the loop knows
+
+    def hang(self) -> None:
+        """On the loop of the task, before anybody rings."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
 
     def listen(self) -> None:
         """On the loop: forget earlier rings. Look for what came before, then `wait`."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
         self._rung = False
         self._silent = True
 
@@ -147,14 +151,12 @@ class Bell:
 
     def ring(self) -> None:
         """From any thread. RuntimeError: the loop is closed."""
-        loop = self._loop
-        if loop is None:  # nobody has listened yet, and whoever will looks first
-            return
-        if loop.is_closed():
+        assert self._loop is not None
+        if self._loop.is_closed():
             raise RuntimeError("the event loop is closed")
         if self._silent:
             self._silent = False
-            loop.call_soon_threadsafe(self._wake)
+            self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
         self._rung = True
