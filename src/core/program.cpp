@@ -102,9 +102,9 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
 }
 
 // Products whose inputs keep 16 bits where activations are fast: rounding them costs most, and they
-// are a small part of the work (docs/decisions.md). Rounding those of V to bfloat16 costs little.
-bool stays_exact(const std::string& kind, const std::string& field, WeightType type) {
-    return kind == "norm_logits" || (kind == "norm_qkv" && field == "v" && !is_float(type));
+// are a small part of the work (docs/decisions.md).
+bool stays_exact(const std::string& kind, const std::string& field) {
+    return kind == "norm_logits" || (kind == "norm_qkv" && field == "v");
 }
 
 // Links one operation after the other, remembering which buffers have been written.
@@ -349,7 +349,7 @@ class Linker {
         read_from.operation = index_;
         const auto type = static_cast<size_t>(weights.type);
         const bool fast = spec_.activations == "fast" && kernels_.fast_linear[type] != nullptr &&
-                          !stays_exact(operation().kind, field_name, weights.type);
+                          !stays_exact(operation().kind, field_name);
         if (!is_float(weights.type)) {
             (fast ? read_from.quantize_bytes : read_from.quantize) = true;
         } else {
