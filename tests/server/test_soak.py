@@ -81,12 +81,12 @@ def ask(client: httpx.Client, choose: random.Random) -> int:
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS + 300)
 def test_nothing_grows(large: Path) -> None:
-    # A small pool: its cache of prefixes is soon as large as it will be, however slow the machine.
+    # A small pool, all of whose blocks are written before memory is looked at: later they would be
+    # whenever more long requests than before happen to run side by side.
     with serving(*command(large, "-c", "4096", "--parallel", "4")) as server:
         url = server.event("listening")["url"]
         server.event("ready")
         pid = server.process.pid
-        deadline = time.monotonic() + SECONDS
         statuses: set[int] = set()
 
         def work(number: int) -> None:
@@ -97,6 +97,13 @@ def test_nothing_grows(large: Path) -> None:
 
         with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
             expected = client.post(CHAT, json=GREEDY).json()["choices"]
+            long = [
+                {"prompt": [number] * 3000, "max_tokens": 1000, "ignore_eos": True}
+                for number in range(5, 9)
+            ]
+            for reply in pool.map(lambda body: client.post("/v1/completions", json=body), long):
+                assert reply.json()["usage"]["completion_tokens"] == 1000
+            deadline = time.monotonic() + SECONDS
             jobs = [pool.submit(work, number) for number in range(CLIENTS)]
             time.sleep(SECONDS / 3)  # caches fill up, threads start
             early = State(pid)
