@@ -15,6 +15,9 @@ from smolrun.engine.sampling import SamplingParameters
 from smolrun.errors import TemplateError
 from tests.package import SOURCE
 
+ENDLESS = ("--logit-bias", "0-100", "--logit-bias", "2-100")
+"""Flags with which the small model of tests/api/tiny.py never ends an answer: both its stop ids."""
+
 
 def result_of(text: str, reasoning: str = "", finish_reason: Any = "stop") -> Result:
     return Result(

@@ -19,7 +19,7 @@ from smolrun.cli.main import main
 from smolrun.cli.session import Session
 from smolrun.cli.terminal import Console
 from smolrun.errors import ContextLengthError, RequestError
-from tests.cli.fakes import FakeModel, environment, install, stdin_of
+from tests.cli.fakes import ENDLESS, FakeModel, environment, install, stdin_of
 from tests.waiting import SECONDS, eventually
 
 
@@ -311,9 +311,7 @@ class Screen:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_control_c_stops_the_answer_then_leaves(tiny: Path, tmp_path: Path) -> None:
-    screen = Screen(
-        ["chat", str(tiny), "--logit-bias", "2-100"], XDG_STATE_HOME=str(tmp_path / "state")
-    )
+    screen = Screen(["chat", str(tiny), *ENDLESS], XDG_STATE_HOME=str(tmp_path / "state"))
     screen.until(b">>>")
     screen.type(b"hello\r")
     screen.until(b"\x1b[?2004l")  # the prompt is done with the terminal

@@ -12,7 +12,7 @@ import pytest
 import smolrun
 from smolrun.cli.main import VERBS, main
 from smolrun.errors import ContextLengthError, ModelFormatError, RequestError
-from tests.cli.fakes import environment, install
+from tests.cli.fakes import ENDLESS, environment, install
 from tests.waiting import SECONDS
 
 HEAVY = (
@@ -161,7 +161,7 @@ def test_a_bad_value_in_the_environment_is_named(
 
 def test_a_reader_that_leaves_early_is_no_error(tiny: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "smolrun.cli.main", "run", str(tiny), "hi", "--logit-bias", "2-100"],
+        [sys.executable, "-m", "smolrun.cli.main", "run", str(tiny), "hi", *ENDLESS],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -27,9 +27,12 @@ class Gate:
 
     def __init__(self) -> None:
         self._passes: threading.Semaphore | None = None
+        self.waits = False
+        """A step is at the gate, or past it already where the gate was opened since."""
 
     def hold(self, steps: int = 0) -> None:
         """Let `steps` more steps pass, then make them wait."""
+        self.waits = False
         self._passes = threading.Semaphore(steps)
 
     def go_on(self) -> None:
@@ -40,7 +43,8 @@ class Gate:
 
     def wait(self) -> None:
         passes = self._passes  # which go_on() may take away meanwhile
-        if passes is not None:
+        if passes is not None and not passes.acquire(blocking=False):
+            self.waits = True
             assert passes.acquire(timeout=SECONDS), "the test never let the step go on"
 
 

@@ -77,7 +77,7 @@ def test_a_short_prompt_overtakes_the_long_ones_of_another_key() -> None:
     runner = fake_of(engine)
     runner.hold(1)
     long = [submit(engine, [n] * 200, 2, Terms(key="a")) for n in range(3)]
-    assert eventually(lambda: runner.steps)
+    assert eventually(lambda: runner.waits)
     short = submit(engine, [9] * 10, 2, Terms(key="b"))
     runner.go_on()
     assert collect(short)[0] == solo([9] * 10, {"max_tokens": 2})
@@ -110,7 +110,7 @@ def test_who_comes_back_is_owed_nothing_for_the_pause(engine: Engine) -> None:
     runner = fake_of(engine)
     runner.hold(30)
     requests = [submit(engine, [1] * 60, 100, Terms(key="a"))]
-    assert eventually(lambda: len(runner.steps) >= 30)
+    assert eventually(lambda: runner.waits)
     requests.append(submit(engine, [2] * 60, 100, Terms(key="b")))
     assert runner._passes is not None
     runner._passes.release(30)
