@@ -7,6 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same inputs each time, so that a change is judged by what it changed; `--hypothesis-profile
+# random` looks for new ones. How long an example takes says only how busy the machine is.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", _PATIENT)
+settings.register_profile("same", _PATIENT, derandomize=True)
+settings.load_profile("same")
 
 # Where the tests run in the background, Ctrl-C is ignored, and so it would be in the children that
 # they start; some of them test Ctrl-C.

@@ -14,6 +14,7 @@ from smolrun.model.random import random_weights
 from smolrun.model.reference import ReferenceRunner
 from smolrun.quant.types import WeightType
 from tests.models import values_of
+from tests.waiting import eventually
 
 TEXTS = ["The sky is blue", "a", "A small model answers in small words. " * 8]
 
@@ -56,4 +57,4 @@ def test_what_can_not_be_embedded(model: Model) -> None:
             model.embed(wrong)
     with pytest.raises(ContextLengthError):
         model.embed("x " * 1000)
-    assert model.statistics()["kv_blocks_held"] == 0
+    assert eventually(lambda: model.statistics()["kv_blocks_held"] == 0)  # earlier tests' too

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun.errors import ModelFormatError
@@ -100,7 +100,7 @@ def test_the_real_model_goes_to_a_folder_and_back(real_model: Path, tmp_path: Pa
 # -- any model there and back -------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(config=configs(), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 99))
 def test_a_folder_survives_gguf(
     tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, dtype: WeightType, seed: int

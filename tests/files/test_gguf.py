@@ -53,7 +53,9 @@ ENTRIES = st.one_of(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(entries=st.dictionaries(KEYS, ENTRIES, max_size=12))
 def test_metadata_of_every_type(entries: dict[str, tuple[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "metadata.gguf"

@@ -76,7 +76,7 @@ def write(path: Path, metadata: dict[str, TypedValue], tensors: list[TensorInfo]
     return data
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     metadata=st.dictionaries(st.text("abc._", min_size=1, max_size=9), VALUES, max_size=6),
     tensors=INFOS,

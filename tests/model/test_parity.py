@@ -36,7 +36,7 @@ GOLDEN_BOUND = 1e-11
 
 
 @pytest.mark.parity
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(config=configs(), seed=st.integers(0, 2**64 - 1), length=st.integers(1, 60))
 def test_random_models_of_many_shapes(config: ModelConfig, seed: int, length: int) -> None:
     weights = values_of(random_weights(config, seed))

@@ -36,7 +36,7 @@ def test_weights_of_the_listing_are_the_parameters_of_the_model(name: str) -> No
     assert rope == [bool(value) for value in config.no_rope_layers]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(config=configs())
 def test_any_shape_builds_and_accepts_its_own_weights(config: ModelConfig) -> None:
     program = build(config)

@@ -39,7 +39,7 @@ def test_yarn_of_smollm3(context: int, factor: float) -> None:
 
 
 @pytest.mark.parity
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(config=configs())
 def test_rope_parameters_of_transformers(config: ModelConfig) -> None:
     from transformers import LlamaConfig, SmolLM3Config

@@ -112,7 +112,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     chunk=st.integers(1, 40),
     seed=st.integers(0, 1 << 16),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shape_agrees_with_the_reference(
     shape: dict[str, Any],
     types: list[WeightType],

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun import Model
@@ -92,7 +92,7 @@ def test_transformers_runs_our_folder(shared_data: Path, tmp_path: Path, name: s
     dtype=st.sampled_from([WeightType.F32, WeightType.BF16]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 def test_transformers_finds_every_setting_after_a_trip_through_gguf(
     config: ModelConfig, dtype: WeightType, seed: int
 ) -> None:

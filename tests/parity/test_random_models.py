@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolrun import Model
@@ -35,7 +35,7 @@ BOUND = {WeightType.F32: 1e-6, WeightType.F16: 2e-6, WeightType.BF16: 5e-5}
     seed=st.integers(0, 2**32),
     length=st.integers(1, 60),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_logits(config: ModelConfig, weight_type: WeightType, seed: int, length: int) -> None:
     tensors = random_weights(config, seed, weight_type)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, length))
@@ -54,7 +54,7 @@ def test_logits(config: ModelConfig, weight_type: WeightType, seed: int, length:
 
 
 @given(config=configs(), seed=st.integers(0, 2**32), length=st.integers(1, 60))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10)
 def test_embeddings(config: ModelConfig, seed: int, length: int) -> None:
     """The mean of the last hidden state, of length 1, as sentence embeddings are made of it."""
     import torch

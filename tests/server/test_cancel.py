@@ -100,7 +100,7 @@ def test_while_its_prompt_is_read(healthy: Running) -> None:  # CAN-02
     """1900 tokens are eight chunks; it ends at the next one."""
     cancelled, steps = (healthy.statistics()[name] for name in ("cancelled", "steps"))
     body = {"prompt": [5 + i % 350 for i in range(1900)], "max_tokens": 100, "ignore_eos": True}
-    with slowed(healthy.model, 0.5):
+    with slowed(healthy.model, 1):
         connection = connect(healthy, body, "/v1/completions")
         assert eventually(lambda: running(healthy))
         connection.close()
@@ -112,7 +112,7 @@ def test_while_it_waits(healthy: Running) -> None:  # CAN-03
     cancelled = healthy.statistics()["cancelled"]
     body = {**GREEDY, "max_tokens": 100, "ignore_eos": True}
     expected = healthy.answer(max_tokens=100, ignore_eos=True)
-    with slowed(healthy.model, 0.1) as slow, ThreadPoolExecutor(4) as pool:
+    with slowed(healthy.model, 0.3) as slow, ThreadPoolExecutor(4) as pool:
         four = [pool.submit(healthy.post, CHAT, body) for _ in range(4)]
         assert eventually(lambda: healthy.statistics()["running"] == 4)
         before = healthy.statistics()["completion_tokens"]

@@ -54,8 +54,6 @@ def served(folder: Path) -> Iterator[Running]:
 @api.parametrize()
 @settings(
     max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
 def test_the_document(case: Any, served: Running) -> None:  # API-01

@@ -51,7 +51,7 @@ def theirs(shared_data: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(str(shared_data / "tiny-smollm3"))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=TEXTS)
 def test_ids_and_text_are_theirs(
     text: str, theirs: Any, tiny_json: Tokenizer, tiny_gguf: Tokenizer
@@ -64,7 +64,7 @@ def test_ids_and_text_are_theirs(
     assert tiny_json.decode(ids, skip_special=True) == shown
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, 2303), max_size=30))
 def test_any_ids_decode_as_theirs(ids: list[int], theirs: Any, tiny_json: Tokenizer) -> None:
     # Between added tokens the library decodes bytes part by part; we do it for all together,
@@ -76,7 +76,8 @@ def test_any_ids_decode_as_theirs(ids: list[int], theirs: Any, tiny_json: Tokeni
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     system=st.one_of(st.none(), CONTENTS),

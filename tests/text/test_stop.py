@@ -55,7 +55,7 @@ def test_table(strings: list[str], pieces: list[str], text: str, stopped: bool) 
     assert ("".join(emitted), found) == (text, stopped)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     strings=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
     pieces=st.lists(st.text("abcd", max_size=4), max_size=12),

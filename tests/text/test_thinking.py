@@ -116,7 +116,7 @@ def test_control_tokens_and_cut_characters() -> None:
     assert run(BY_ID, TURN, ids)[:2] == ("\ufffd", "ü")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "</thi", "\n", "é", "a", " "])),
     by_id=st.booleans(),

@@ -73,7 +73,7 @@ def test_a_whole_word_of_the_vocabulary_wins_over_merges() -> None:
         assert found.encode("abc") == [found.id_of(token) for token in expected]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=200))
 def test_json_and_gguf_agree_and_decode_gives_the_text_back(
     text: str, tiny_json: Tokenizer, tiny_gguf: Tokenizer
@@ -343,7 +343,7 @@ def test_ids_beyond_the_embedding_are_refused() -> None:
         tokenizer(2, json=_json_with(model={**model, "vocab": {"a": 0, "b": 1, "c": 2}}))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=60), cut=st.integers(0, 60))
 def test_incremental_decoding_never_cuts_a_character(data: bytes, cut: int) -> None:
     found = byte_tokenizer()
