@@ -59,6 +59,8 @@ def test_default_target_and_dry_run(
         (["{tiny}", "--fit", "1MB", "--strict"], 2, "--fit chooses all types itself"),
         (["{tiny}", "--fit", "1MB"], 2, "has no tokenizer"),
         (["{tiny}", "q4_0", "--tensor-type", "q8_0"], 2, "expected PATTERN=TYPE"),
+        (["{tiny}", "q4_0", "--tensor-type", "ffn_dwon=q8_0"], 2, "'ffn_dwon' is found in no name"),
+        (["{tiny}", "q4_0", "--text", "notes.txt"], 2, "--text is what --fit measures with"),
         (["{tiny}", "q4_0", "--imatrix", "none.gguf"], 1, "none.gguf"),
         (["{tiny}", "no/such/out.gguf", "q4_0"], 1, "make the folder first"),
         (["none.gguf", "q4_0"], 1, "none.gguf"),

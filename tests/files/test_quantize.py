@@ -152,6 +152,8 @@ def test_types_of_single_weights(source: Path, tmp_path: Path) -> None:
         ({"type": "q9"}, "there is no type 'q9'"),
         ({"type": "q4_0", "tensor_types": {"a": "q9"}}, "no weight type 'q9'"),
         ({"type": "q4_0", "tensor_types": {"(": "q8_0"}}, "tensor_types: '\\('"),
+        # Vectors stay as they are, so that this would change nothing.
+        ({"type": "q4_0", "tensor_types": {"attn_norm": "q8_0"}}, "'attn_norm' is found in no"),
         ({"type": "q4_0", "threads": 0}, "threads"),
     ],
 )

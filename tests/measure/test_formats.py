@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def test_files_that_are_there_are_found(source: Path, tmp_path: Path) -> None:
     again = measured(source, tmp_path, ["q8_0"])
     assert not again.results[0].file.made
     assert again.results[0].file.path.stat().st_mtime_ns == before
+
+
+def test_files_older_than_the_weights_are_made_again(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "tiny")
+    made = measured(source, tmp_path / "made", ["q8_0"]).results[0].file.path
+    weights = next(source.glob("*.safetensors"))
+
+    def changed(path: Path, nanoseconds: int) -> None:
+        os.utime(path, ns=(nanoseconds, nanoseconds))
+
+    then = made.stat().st_mtime_ns
+    changed(weights, then - 1)
+    changed(source, then + 10**9)  # a file of another kind came into the folder
+    assert not measured(source, tmp_path / "made", ["q8_0"]).results[0].file.made
+    changed(weights, then + 10**9)
+    assert measured(source, tmp_path / "made", ["q8_0"]).results[0].file.made
 
 
 def test_a_format_that_does_not_exist(source: Path, tmp_path: Path) -> None:

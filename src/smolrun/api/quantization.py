@@ -39,7 +39,7 @@ def quantize(
         target: the .gguf file to write; None: NAME.TYPE.gguf in the working folder.
         type: a mix such as "q4_k_m", or a weight type; any case.
         tensor_types: types of single weights, by regular expressions of their GGUF names; the
-            first that is found in a name decides.
+            first that is found in a name decides, and each must be found in some matrix's.
         imatrix: a file made by `smolrun imatrix` or llama.cpp's `llama-imatrix`.
         strict: raise where a weight can not take its type, instead of giving it another.
         overwrite: replace what is at `target`.

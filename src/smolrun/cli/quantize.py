@@ -83,6 +83,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     if not 1 <= len(words) <= 2:
         shape = "SRC [DST]" if arguments.fit else "SRC [DST] TYPE"
         raise UsageError(f"quantize takes {shape}, found {' '.join(arguments.words)}")
+    if kind is not None and arguments.text is not None:
+        raise UsageError("--text is what --fit measures with; leave it away, or give --fit")
     path = options.resolved(words[0], arguments, console)
     target = words[1] if len(words) > 1 else None
     if kind is None:

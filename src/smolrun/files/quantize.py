@@ -6,6 +6,7 @@ megabytes of them at a time. Nothing appears under the target's name before it i
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,7 +96,7 @@ def quantize_files(
     Raises:
         ModelFormatError, UnsupportedError: the source is damaged, has a weight that is not finite
             or too large, or `strict` refuses.
-        RequestError: importance of another model.
+        RequestError: importance of another model; an override that is found in no name.
         OutputError: the target is there already, or can not be written.
     """
     checkpoint = open_checkpoint(source)
@@ -160,6 +161,7 @@ class _Job:
             overrides=overrides,
             names={tensor.name: gguf_name(tensor.name) for tensor in self.tensors},
         )
+        self._check_found(overrides)
         self.infos = [
             TensorInfo(gguf_name(t.name), self.choices[t.name].type, t.shape) for t in self.tensors
         ]
@@ -171,6 +173,16 @@ class _Job:
             )
             if choice.wanted is not choice.type
         )
+
+    def _check_found(self, overrides: Sequence[tuple[str, WeightType]]) -> None:
+        """Raise RequestError for a pattern that stands for no matrix, as a misspelt one does."""
+        names = [gguf_name(tensor.name) for tensor in self.tensors if tensor.shape[1:]]
+        for pattern, _ in overrides:
+            if not any(re.search(pattern, name) for name in names):
+                raise RequestError(
+                    f"tensor type: {pattern!r} is found in no name of a matrix; they are named "
+                    f"{names[1]} and the like"
+                )
 
     def _importance(self) -> dict[str, Floats]:
         """Of the columns of matrices that it is known of, by GGUF name."""

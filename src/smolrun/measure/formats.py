@@ -199,7 +199,7 @@ def _format_file(
     # `model.F16.gguf` is a source like `model`: the format at its end is not part of the name.
     stem = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*)$", "", model_stem(source), flags=re.IGNORECASE)
     path = folder / f"{stem}.{name}.gguf"
-    made = not path.exists() or path.stat().st_mtime < source.stat().st_mtime
+    made = not path.exists() or path.stat().st_mtime_ns < _changed(source)
     if made:
         folder.mkdir(parents=True, exist_ok=True)
         quantize(
@@ -214,6 +214,14 @@ def _format_file(
         return FormatFile(name, path, path.stat().st_size, checkpoint.config.num_parameters, made)
     finally:
         checkpoint.close()
+
+
+def _changed(source: Path) -> int:
+    """When a model's file, or the last of its folder's, was written, in nanoseconds."""
+    files = [source]
+    if source.is_dir():
+        files = [f for f in source.iterdir() if f.suffix in (".safetensors", ".json", ".jinja")]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def _counting(what: str, progress: Callable[[str], None]) -> Callable[[int, int], None]:
