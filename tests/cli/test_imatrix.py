@@ -43,4 +43,7 @@ def test_refused(tiny: Path, text: str, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["imatrix", str(tiny), "out.gguf", "--text", text]) == 2
     assert "take a longer text or smaller pieces" in capsys.readouterr().err
     assert main(["imatrix", str(tiny)]) == 2
+    # Before the model is read, which may take long.
+    assert main(["imatrix", "none.gguf", "no/such/out.gguf", "--text", text]) == 1
+    assert "make the folder first" in capsys.readouterr().err
     assert not Path("out.gguf").exists()

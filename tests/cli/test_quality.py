@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_formats(
     found = json.loads(capsys.readouterr().out)
     assert [row["format"] for row in found["formats"]] == ["Q8_0"]
     assert not found["formats"][0]["file"]["made"]
+
+
+def test_a_plot_that_can_not_be_made_is_told_before_anything_is_measured(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["formats", str(tiny), "--plot", "no/such/plot.svg"]) == 1
+    assert "make the folder first" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["formats", str(tiny), "--plot", "plot.svg"]) == 1
+    assert "pip install 'smolrun[plot]'" in capsys.readouterr().err
+    assert not list(Path().glob("*-formats"))
 
 
 @pytest.mark.parametrize(

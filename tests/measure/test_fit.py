@@ -159,6 +159,39 @@ def test_no_sizes(text: str) -> None:
         Size.parse(text)
 
 
+def test_where_the_file_can_not_be_is_told_before_anything_is_measured(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shared_data / "tiny-smollm3" / "tiny-smollm3-bf16.gguf"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(Fitting, "measure")
+    Path("tiny-smollm3-bf16.FIT.gguf").write_bytes(b"kept")
+    for target, words in (
+        (None, "--force"),
+        ("tiny-smollm3-bf16.FIT.gguf", "--force"),
+        ("no/such/out.gguf", "make the folder first"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            quantize_to_fit(
+                source, target, Size(10_000_000), "a", "a", overwrite=target == tmp_path
+            )
+
+
+def test_the_name_does_not_depend_on_what_is_found(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shared_data / "tiny-smollm3" / "tiny-smollm3-bf16.gguf"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("smolrun.measure.fit.better", lambda *_: False)
+    monkeypatch.setattr("smolrun.measure.fit._NEAR", 10)
+    words = "The quick brown fox jumps over the lazy dog. " * 10
+    made, fit = quantize_to_fit(source, None, Size(bits_per_weight=8.6), words, "words", threads=2)
+    assert fit.mix is not None
+    assert made.path == Path("tiny-smollm3-bf16.FIT.gguf")
+    assert made.path.is_file()
+
+
 def test_a_file_that_fits(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "tiny-smollm3" / "tiny-smollm3-bf16.gguf"
     words = "The quick brown fox jumps over the lazy dog. " * 10

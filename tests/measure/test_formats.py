@@ -12,7 +12,7 @@ import pytest
 from smolrun.errors import RequestError, ResourceError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.measure.formats import PLAN, FormatTable, efficient, measure_formats, model_stem
-from smolrun.measure.plot import save_plot
+from smolrun.measure.plot import check_plot, save_plot
 from smolrun.measure.tables import Table, markdown
 from tests.api.tiny import TEXT, make_folder
 from tests.measure.support import FixedMeter
@@ -108,12 +108,10 @@ def test_a_plot(table: FormatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_without_matplotlib(
-    table: FormatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ResourceError, match=r"pip install 'smolrun\[plot\]'"):
-        save_plot(table, tmp_path / "plot.svg")
+        check_plot(tmp_path / "plot.svg")
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,13 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.engine.native import resolve_isa
     from smolrun.measure.ceilings import CeilingMeter
     from smolrun.measure.formats import PLAN, measure_formats, model_stem
-    from smolrun.measure.plot import SUFFIXES, save_plot
+    from smolrun.measure.plot import SUFFIXES, check_plot, save_plot
 
     plot: Path | None = arguments.plot
     if plot is not None and plot.suffix not in SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in .svg or .png, found {plot}")
+    if plot is not None:
+        check_plot(plot)
     text = options.text_of(arguments)
     source = options.resolved(arguments.model, arguments, console)
     folder = arguments.output or Path(f"{model_stem(source)}-formats")
@@ -70,9 +72,9 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         activations=arguments.activations,
     )
     console.clear_progress()
+    options.print_found(found.as_dict(), found.parts(), arguments, console)
     if plot is not None:
         save_plot(found, plot)
-    options.print_found(found.as_dict(), found.parts(), arguments, console)
     return 0
 
 

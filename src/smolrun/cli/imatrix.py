@@ -37,11 +37,13 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     from smolrun.api import Model
     from smolrun.errors import OutputError
     from smolrun.files.imatrix import write_imatrix
+    from smolrun.files.output import check_output
     from smolrun.measure.importance import measure_importance
 
     target = Path(arguments.target).expanduser()
     if target.exists() and not arguments.force:
         raise OutputError(f"{target}: is there already; --force replaces it")
+    check_output(target)
     text = options.text_of(arguments)
     path = options.resolved(arguments.model, arguments, console)
     with Model(path, **options.reading_of(arguments)) as model:

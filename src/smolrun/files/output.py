@@ -61,13 +61,8 @@ def atomic_output(path: Path, nbytes: int | None = None) -> Iterator[OutputFile]
     is followed. With `nbytes`, the bytes to come, a disk without room is found before any work.
     OutputError says what could not be written and why.
     """
+    check_output(path, nbytes or 0)
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file in it")
-    if target.exists() and not target.is_file():
-        raise OutputError(f"{path}: is no regular file, so it can not be replaced; name another")
-    if nbytes is not None:
-        check_room(target, nbytes)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         # Buffers are large; a second one would only copy them.
@@ -125,6 +120,16 @@ def atomic_folder(path: Path, nbytes: int, is_replaced: Callable[[str], bool]) -
             raise
         raise output_error(path, error) from error
     sync_folder(target.parent)
+
+
+def check_output(path: Path, nbytes: int = 0) -> None:
+    """OutputError where `path` can not become a file of so many bytes, as far as can be known."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{path}: is no regular file, so it can not be replaced; name another")
+    check_room(target, nbytes)
 
 
 def check_room(path: Path, nbytes: int) -> None:

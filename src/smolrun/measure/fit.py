@@ -36,7 +36,8 @@ from smolrun.files.convert import Progress
 from smolrun.files.gguf import DEFAULT_ALIGNMENT, padded
 from smolrun.files.gguf_names import gguf_name
 from smolrun.files.imatrix import ImportanceMatrix
-from smolrun.files.quantize import Quantized, quantize_files
+from smolrun.files.output import check_output
+from smolrun.files.quantize import Quantized, default_target, quantize_files
 from smolrun.files.weights import NativeWeights, WeightLoading, weight_of
 from smolrun.measure.divergence import Estimate, Values, kl_divergence
 from smolrun.measure.importance import SummingRunner, multiplied
@@ -75,6 +76,8 @@ _PROBE = WeightType.Q4_K
 _PARTS = 6  # layers are measured in so many parts
 _LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_.]+)\.weight")
 
+
+_FIT = Mix("FIT", WeightType.Q4_K, 15)  # what files say; the base is that of most weights
 
 # Room for what the metadata says of a quantization.
 _METADATA_BYTES = 1024
@@ -404,7 +407,8 @@ def quantize_to_fit(
     """Write a model as a GGUF file of at most a size, at the least loss on a text.
 
     Args:
-        source, target, overwrite, dry_run, progress: as for `quantize_files`.
+        source, overwrite, dry_run, progress: as for `quantize_files`.
+        target: the .gguf file to write; None: NAME.FIT.gguf in the working folder.
         size: of the file.
         text: what the loss is measured on; about 3000 words count.
         text_name: what the file says of it.
@@ -416,9 +420,7 @@ def quantize_to_fit(
         As `quantize_files`; RequestError where nothing fits, or the model has no tokenizer.
     """
     workers = choose_threads(threads=threads).value
-    whole = quantize_files(source, target, MIXES["F16"], overwrite=overwrite, dry_run=True)
-    if not dry_run and whole.path.exists() and not overwrite and target is not None:
-        raise OutputError(f"{target}: is there already; --force replaces it")
+    whole = quantize_files(source, target, MIXES["F16"], dry_run=True)
     if size.bits_per_weight is not None:
         room = int(size.bits_per_weight * whole.weights / 8)
     else:
@@ -428,6 +430,12 @@ def quantize_to_fit(
     try:
         if checkpoint.tokenizer is None:
             raise RequestError(f"{checkpoint.path}: has no tokenizer, so it can not read a text")
+        path = default_target(checkpoint, _FIT) if target is None else Path(target)
+        if not dry_run:
+            # Before minutes of work.
+            if path.exists() and not overwrite:
+                raise OutputError(f"{path}: is there already; --force replaces it")
+            check_output(path)
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
         tokens = tokenizer.encode(text, parse_special=False)
         job = Fitting(checkpoint)
@@ -437,7 +445,7 @@ def quantize_to_fit(
 
         def write(fit: Fit, dry_run: bool) -> Quantized:
             return _written(
-                source, target, fit, text_name if importance is None else None,
+                source, path, fit, text_name if importance is None else None,
                 overwrite=overwrite, dry_run=dry_run, threads=workers, progress=progress,
             )  # fmt: skip
 
@@ -453,7 +461,7 @@ def quantize_to_fit(
 
 
 def _written(
-    source: str | Path, target: str | Path | None, fit: Fit, text_name: str | None, **how: Any
+    source: str | Path, target: Path, fit: Fit, text_name: str | None, **how: Any
 ) -> Quantized:
     """The file of a choice; `text_name`: what importance was measured on, None: it was given."""
     overrides: list[tuple[str, WeightType]] = []
@@ -461,7 +469,7 @@ def _written(
     if mix is None:
         base = Counter(fit.types.values()).most_common(1)[0][0]
         near = next(mix for mix in MIXES.values() if mix.base is base)
-        mix = Mix("FIT", base, near.file_type)
+        mix = replace(_FIT, base=base, file_type=near.file_type)
         overrides = [(f"^{re.escape(name)}$", kind) for name, kind in fit.types.items()]
     matrix = fit.importance
     if matrix is not None and text_name is not None:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from smolrun.errors import ResourceError
+from smolrun.files.output import atomic_output, check_output
 from smolrun.measure.formats import FormatTable
 
 SUFFIXES = (".svg", ".png")
 
 
-def save_plot(table: FormatTable, path: Path) -> None:
-    """Write `path`, a .svg or .png file. ResourceError where matplotlib is not installed."""
+def check_plot(path: Path) -> None:
+    """ResourceError where matplotlib is not installed, OutputError where `path` can not be."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ResourceError(
             "a plot needs matplotlib: pip install 'smolrun[plot]', or leave --plot out"
         ) from None
+    check_output(path)
+
+
+def save_plot(table: FormatTable, path: Path) -> None:
+    """Write `path`, a .svg or .png file; errors as `check_plot`."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     fastest = max(result.speed.rows[1].tokens_per_second.median for result in table.results)
@@ -34,4 +44,7 @@ def save_plot(table: FormatTable, path: Path) -> None:
     axes.set_ylabel(f"mean KL divergence from {table.source}, nats")
     axes.set_title("Down and to the left is better; larger dots write faster")
     axes.margins(0.15)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."))
+    with atomic_output(path) as output:
+        output.write(picture.getbuffer())
