@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import socket
+import tracemalloc
 from collections.abc import Iterator
 
 import httpx
@@ -84,6 +85,17 @@ def test_headers(healthy: Running, data: bytes, expected: set[int]) -> None:  # 
     assert (status(reply) if reply else 0) in expected
     if reply and status(reply) != 200:
         assert b'{"error":' in reply
+
+
+def test_what_comes_takes_the_memory_it_needs(healthy: Running) -> None:  # SRV-10
+    talk(healthy, request())
+    tracemalloc.start()
+    try:
+        assert b"200 OK" in talk(healthy, request())
+        # A block of 256 KiB for each piece, as asyncio takes it, makes a heap grow without end.
+        assert tracemalloc.get_traced_memory()[1] < 256 << 10
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

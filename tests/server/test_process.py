@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -190,6 +191,31 @@ def test_a_signal_while_it_loads() -> None:  # SRV-04
         assert httpx.get(url + "/metrics", timeout=SECONDS).status_code == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+ARENAS = """
+import ctypes, threading
+from smolrun.server.run import use_one_arena
+use_one_arena()
+together = threading.Barrier(4)
+def work():
+    held = bytearray(20_000)
+    together.wait(60)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_threads_share_one_heap() -> None:  # SRV-10
+    done = subprocess.run(
+        [sys.executable, "-c", ARENAS], capture_output=True, text=True, check=True, timeout=SECONDS
+    )
+    assert done.stdout.count("<heap ") == 1
 
 
 def test_ctrl_c_ends_it_too(large: Path) -> None:

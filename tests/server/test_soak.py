@@ -95,7 +95,7 @@ def test_nothing_grows(large: Path) -> None:
                 while time.monotonic() < deadline:
                     statuses.add(ask(client, choose))
 
-        with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
+        with httpx.Client(base_url=url, timeout=300) as client, ThreadPoolExecutor(CLIENTS) as pool:
             expected = client.post(CHAT, json=GREEDY).json()["choices"]
             long = [
                 {"prompt": [number] * 3000, "max_tokens": 1000, "ignore_eos": True}

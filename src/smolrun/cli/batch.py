@@ -30,10 +30,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("input", type=Path, metavar="IN.jsonl")
     parser.add_argument("output", type=Path, metavar="OUT.jsonl")
     options.add_model(parser)
-    parser.flag("-np", "--parallel", type=options.positive, default=32, metavar="N",
-                help="requests that run side by side (default 32)")  # fmt: skip
-    parser.flag("--alias", action="append", metavar="NAME",
-                help="what requests may call the model; may be repeated")  # fmt: skip
+    options.add_requests(parser, 32, "requests that run side by side")
     options.add_engine(parser)
     options.add_output(parser)
 

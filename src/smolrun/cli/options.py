@@ -108,6 +108,14 @@ def add_engine(parser: Parser) -> None:
     add_reading(parser)
 
 
+def add_requests(parser: Parser, parallel: int, helped: str) -> None:
+    """Flags of verbs that answer HTTP requests, or a file of them."""
+    parser.flag("-np", "--parallel", type=positive, default=parallel, metavar="N",
+                help=f"{helped} (default {parallel})")  # fmt: skip
+    parser.flag("--alias", "--served-model-name", dest="alias", action="append", metavar="NAME",
+                help="what requests may call the model; may be repeated")  # fmt: skip
+
+
 def add_activations(parser: Parser) -> None:
     """How inputs of products are rounded."""
     parser.flag(

@@ -53,13 +53,13 @@ def add_arguments(parser: Parser) -> None:
                 help="a key that requests must have; may be repeated")  # fmt: skip
     parser.flag("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
     parser.flag("--insecure", action="store_true", help="let other machines in without a key")
-    parser.flag("--alias", "--served-model-name", dest="alias", action="append", metavar="NAME",
-                help="what clients call the model; may be repeated")  # fmt: skip
     parser.flag("--cors-origins", action="append", metavar="ORIGIN",
                 help="pages of this origin may ask, as https://a.org; repeatable")  # fmt: skip
-    parser.flag("-np", "--parallel", type=options.positive, default=DEFAULT_PARALLEL, metavar="N",
-                help="answers that run side by side, as far as memory allows; the others wait "
-                f"(default {DEFAULT_PARALLEL})")  # fmt: skip
+    options.add_requests(
+        parser,
+        DEFAULT_PARALLEL,
+        "answers that run side by side, as far as memory allows; the others wait",
+    )
     parser.flag("--queue", type=options.positive, metavar="N",
                 help="requests that may wait beside them (default 64)")  # fmt: skip
     parser.flag("--timeout", type=float, metavar="SECONDS",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -29,6 +30,8 @@ Progress = Callable[[int, int], None]
 logger = logging.getLogger("smolrun.server")
 
 _CLOSING_SECONDS = 2  # for replies on their way after the last answer
+_RECEIVED_BYTES = 1 << 16  # of a connection at a time
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def check_bind(settings: Settings, insecure: bool) -> str | None:
@@ -52,6 +55,7 @@ def serve(settings: Settings, load: Callable[[Progress], Model]) -> int:
         SmolrunError: the model can not be loaded. Nothing listens before its memory is planned.
         OSError: the address can not be had.
     """
+    use_one_arena()
     bound = bind(settings.host, settings.port)
     with bound:
         loading = Loading(load)
@@ -67,6 +71,19 @@ def serve(settings: Settings, load: Callable[[Progress], Model]) -> int:
         raise loading.error
     service.close()
     return 0
+
+
+def use_one_arena() -> None:
+    """Have all threads that start from now on allocate from one heap.
+
+    glibc gives each its own, which keeps what it once needed. A grammar or a prompt is made by one
+    thread and dropped by another, so the holes of one heap are of no use to the next: the memory
+    of a busy server would grow for hours (docs/decisions.md).
+    """
+    if "MALLOC_ARENA_MAX" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -214,12 +231,22 @@ class Server(uvicorn.Server):
 
 def protocol_with(limits: Limits) -> type[H11Protocol]:
     """HTTP/1.1 for clients that may be slow on purpose."""
+    received = bytearray(_RECEIVED_BYTES)  # one for all: it is emptied before the next is read
 
-    class Protocol(H11Protocol):
+    # A plain protocol has asyncio ask for 256 KiB whenever something comes, and shrink them to what
+    # there was. Only the end of the heap has room for that, so what comes is always put there, and
+    # the heap grows by every piece that outlives the next (docs/decisions.md).
+    class Protocol(H11Protocol, asyncio.BufferedProtocol):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self._header_timer: asyncio.TimerHandle | None = None
             self._write_timer: asyncio.TimerHandle | None = None
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return received
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.data_received(bytes(memoryview(received)[:nbytes]))
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             assert isinstance(transport, asyncio.Transport)

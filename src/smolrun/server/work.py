@@ -107,7 +107,6 @@ class Work:
             SmolrunError, ApiError: what ended one of them ends all.
         """
         bell = Bell()
-        bell.listen()
         for stream in self._streams:
             stream.share(bell)
         self._aborted.add_done_callback(lambda _: bell.ring())
