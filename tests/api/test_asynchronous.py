@@ -183,14 +183,26 @@ async def cancel_a_score(model: AsyncModel) -> None:
         await task
 
 
+async def cancel_a_perplexity(model: AsyncModel) -> None:
+    """Windows of several steps; as they begin alike, the others wait for the first."""
+    task = asyncio.create_task(model.perplexity([5] * 1200, context=400))
+    await until(lambda: model.model.statistics()["running"])
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+READINGS = [cancel_a_score, cancel_a_perplexity]
+
+
 @pytest.mark.parametrize(
     "leave",
-    [leave_the_loop, leave_the_block, cancel_the_task, cancel_a_whole_answer, cancel_a_score],
+    [leave_the_loop, leave_the_block, cancel_the_task, cancel_a_whole_answer, *READINGS],
 )
 def test_whoever_leaves_cancels(gated: tuple[Model, GatedRunner], leave: Any) -> None:
     """The answer would take all of the context; it ends within the step that is under way."""
     model, runner = gated
-    runner.hold(0 if leave is cancel_a_score else 2)
+    runner.hold(0 if leave in READINGS else 2)
     asyncio.run(leave(AsyncModel(model)))
     runner.go_on()
     ended(model, cancelled=1)

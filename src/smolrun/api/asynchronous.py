@@ -8,12 +8,13 @@ answer; the engine never waits for a reader, so one who stops reading holds up n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast, overload
 
 import numpy as np
 
@@ -22,15 +23,17 @@ from smolrun.api.request import TextArguments
 from smolrun.api.stream import Stream
 from smolrun.engine.answer import EndEvent, Event, Result
 from smolrun.engine.engine import DEFAULT_TERMS
-from smolrun.engine.likelihood import choice_score
+from smolrun.engine.likelihood import WINDOW_TOKENS, choice_score, perplexity_of
 from smolrun.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Unpack
 
+    from smolrun.api.reader import Expected
     from smolrun.engine.answer import TokenLogprob
-    from smolrun.engine.likelihood import ChoiceScore
+    from smolrun.engine.likelihood import ChoiceScore, Perplexity
+    from smolrun.engine.reading import TokenLikelihoods
     from smolrun.engine.sequence import Ending, Terms
 
 P = ParamSpec("P")
@@ -223,7 +226,6 @@ class AsyncModel:
     stream = _streaming(Model.stream)
     stream_text = _streaming(Model.stream_text)
     chat = _answering(Model.stream, like=Model.chat)
-    perplexity = _threaded(Model.perplexity)
     tokenize = _threaded(Model.tokenize)
     detokenize = _threaded(Model.detokenize)
     render = _threaded(Model.render)
@@ -288,21 +290,46 @@ class AsyncModel:
         terms: Terms = DEFAULT_TERMS,
     ) -> list[ChoiceScore]:
         """As `Model.score`."""
-        model = self.model
-        texts = await self._prepared(model.choice_texts, prompt, choices)
+        texts = await self._prepared(self.model.choice_texts, prompt, choices)
+        async with contextlib.aclosing(self._scored(texts, terms)) as scored:
+            return [choice_score(one.logprobs, one.greedy) async for one in scored]
+
+    async def perplexity(
+        self,
+        text: str | Sequence[int],
+        *,
+        context: int = WINDOW_TOKENS,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> Perplexity:
+        """As `Model.perplexity`; `progress` is called on the event loop."""
+        windows = await self._prepared(self.model.windows, text, context, stride)
+        found: list[npt.NDArray[np.float64]] = []
+        async with contextlib.aclosing(self._scored(windows, terms)) as scored:
+            async for one in scored:
+                if progress is not None:
+                    progress(len(found), len(windows))
+                found.append(one.logprobs)
+        return perplexity_of(np.concatenate(found), len(windows))
+
+    async def _scored(
+        self, texts: Sequence[Expected], terms: Terms
+    ) -> AsyncGenerator[TokenLikelihoods, None]:
+        """What the model makes of texts, in their order."""
+        engine = self.model.loaded.engine
         under_way: deque[AsyncStream] = deque()
-        found: list[Any] = []
         try:
-            for text, most in zip(texts, model.side_by_side(texts), strict=True):
-                under_way.append(_adopted(Stream(model.loaded.engine.score(*text, terms))))
+            for text, most in zip(texts, self.model.side_by_side(texts), strict=True):
+                under_way.append(_adopted(Stream(engine.score(*text, terms))))
                 while len(under_way) > most:
-                    found.append(await anext(under_way[0]))
+                    yield cast("TokenLikelihoods", await anext(under_way[0]))
                     under_way.popleft()
-            found += [await anext(reading) for reading in under_way]
+            for reading in under_way:
+                yield cast("TokenLikelihoods", await anext(reading))
         finally:
             for reading in under_way:
                 reading.cancel()
-        return [choice_score(one.logprobs, one.greedy) for one in found]
 
     async def prompt_logprobs(
         self,

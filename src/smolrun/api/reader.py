@@ -72,21 +72,25 @@ class Reader:
             RequestError: the text is too short, or sizes make no sense.
             ContextLengthError: a window is longer than the model's context.
         """
+        windows = self.windows(text, context, stride)
+        found = []
+        for done, one in enumerate(self._scored(windows, terms)):
+            if progress is not None:
+                progress(done, len(windows))
+            found.append(one.logprobs)
+        return perplexity_of(np.concatenate(found), len(windows))
+
+    def windows(self, text: Any, context: int, stride: int | None) -> list[Expected]:
+        """What `perplexity` reads."""
         ids = self._prompt_ids(text, parse_special=False)
         windows = text_windows(len(ids), context, stride)
         tokens = np.array(self.loaded.engine.checked(ids), np.int32)
-        texts = [
+        return [
             Expected(
                 window_tokens(tokens, window, self.window_bos).tolist(), window.first - window.start
             )
             for window in windows
         ]
-        found = []
-        for done, one in enumerate(self._scored(texts, terms)):
-            if progress is not None:
-                progress(done, len(windows))
-            found.append(one.logprobs)
-        return perplexity_of(np.concatenate(found), len(windows))
 
     def score(
         self,
