@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,8 +137,16 @@ def test_progress(checkpoint: Checkpoint) -> None:
 
 
 def test_what_does_not_fit(checkpoint: Checkpoint) -> None:
-    with pytest.raises(RequestError, match="does not fit: its matrices take .* at least"):
-        Fitting(checkpoint).check(sizes(checkpoint, 2))
+    job = Fitting(checkpoint)
+    with pytest.raises(
+        RequestError, match="does not fit: its matrices take .* at least"
+    ) as refused:
+        job.check(sizes(checkpoint, 2))
+    found = re.search(r"make SIZE (\d+) bytes larger", str(refused.value))
+    assert found is not None
+    job.check(sizes(checkpoint, 2) + int(found[1]))
+    with pytest.raises(RequestError):
+        job.check(sizes(checkpoint, 2) + int(found[1]) - 1)
     with pytest.raises(RequestError, match="the text has 5 tokens"):
         Fitting(checkpoint).measure(TEXT[:5], threads=1)
 

@@ -164,7 +164,8 @@ class Fitting:
         if smallest + self._vectors > room:
             raise RequestError(
                 f"the model does not fit: its matrices take {smallest} bytes at least, and "
-                f"{max(room - self._vectors, 0)} are left for them"
+                f"{max(room - self._vectors, 0)} are left for them; make SIZE "
+                f"{smallest + self._vectors - room} bytes larger"
             )
 
     def measure(
