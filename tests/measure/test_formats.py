@@ -93,6 +93,12 @@ def test_a_format_that_does_not_exist(source: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_text_too_short_is_told_before_files_are_made(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="take a longer text"):
+        measure_formats(source, tmp_path / "made", ["q8_0"], "short", FixedMeter(), window=16)
+    assert not (tmp_path / "made").exists()
+
+
 def test_efficient_is_neither_larger_nor_worse_than_another() -> None:
     assert efficient([(4, 0.0), (2, 0.1), (1, 0.3)]) == [True, True, True]
     assert efficient([(4, 0.1), (2, 0.1), (1, 0.3)]) == [False, True, True]

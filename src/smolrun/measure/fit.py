@@ -41,6 +41,7 @@ from smolrun.files.quantize import Quantized, default_target, quantize_files
 from smolrun.files.weights import NativeWeights, WeightLoading, weight_of
 from smolrun.measure.divergence import Estimate, Values, kl_divergence
 from smolrun.measure.importance import SummingRunner, multiplied
+from smolrun.measure.text import tokens_of
 from smolrun.model.llama import build
 from smolrun.model.program import Program
 from smolrun.quant.blocks import dequantize
@@ -49,7 +50,6 @@ from smolrun.quant.mixes import MIXES, Mix, choose_types, fitting
 from smolrun.quant.native import quantize
 from smolrun.quant.tensor import Tensor
 from smolrun.quant.types import WeightType
-from smolrun.text.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -429,16 +429,13 @@ def quantize_to_fit(
         room = size.nbytes - header - _METADATA_BYTES
     checkpoint = open_checkpoint(source)
     try:
-        if checkpoint.tokenizer is None:
-            raise RequestError(f"{checkpoint.path}: has no tokenizer, so it can not read a text")
         path = default_target(checkpoint, _FIT) if target is None else Path(target)
         if not dry_run:
             # Before minutes of work.
             if path.exists() and not overwrite:
                 raise OutputError(f"{path}: is there already; --force replaces it")
             check_output(path)
-        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
-        tokens = tokenizer.encode(text, parse_special=False)
+        tokens = tokens_of(text, checkpoint)
         job = Fitting(checkpoint)
         job.check(room)
         job.measure(tokens, threads=workers, importance=importance, progress=measuring)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolrun.api.quantization import quantize
-from smolrun.engine.likelihood import WINDOW_TOKENS
+from smolrun.engine.likelihood import WINDOW_TOKENS, text_windows
 from smolrun.errors import RequestError
 from smolrun.files.checkpoint import open_checkpoint
 from smolrun.measure.bench import ModelReport, Plan, Row, measure_model
@@ -17,6 +17,7 @@ from smolrun.measure.ceilings import CeilingMeter, Ceilings
 from smolrun.measure.comparison import compare
 from smolrun.measure.divergence import Divergence
 from smolrun.measure.tables import Table
+from smolrun.measure.text import tokens_of
 from smolrun.quant.mixes import find_mix
 
 PLAN = Plan(
@@ -148,12 +149,14 @@ def measure_formats(
         reading: `dtype` and `activations` of `Model`.
 
     Raises:
-        RequestError: no such format. Others as `quantize` and `Model`.
+        RequestError: no such format, or the text is shorter than a window. Others as `quantize`
+            and `Model`.
     """
     try:
         names = list(dict.fromkeys(find_mix(name).name for name in names))
     except ValueError as error:
         raise RequestError(str(error)) from None
+    _check_text(source, text, window)
     files = [_format_file(source, folder, name, progress) for name in names]
     measured: list[tuple[FormatFile, ModelReport, Divergence]] = []
     for file in files:
@@ -191,6 +194,15 @@ def efficient(points: Sequence[tuple[float, float]]) -> list[bool]:
 def model_stem(source: Path) -> str:
     """The name of a model's file without its ending, or that of its folder: SmolLM2-1.7B."""
     return source.stem if source.suffix in (".gguf", ".safetensors") else source.resolve().name
+
+
+def _check_text(source: Path, text: str, window: int) -> None:
+    """Raise RequestError now, rather than after files were made, where it can not be read."""
+    checkpoint = open_checkpoint(source)
+    try:
+        text_windows(len(tokens_of(text, checkpoint)), window)
+    finally:
+        checkpoint.close()
 
 
 def _format_file(
