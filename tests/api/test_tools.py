@@ -259,6 +259,40 @@ def test_calls_written_as_python(
     assert "<code>\nget_weather(city='Oslo', days=2)\n</code>" in text
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_tools_in_python_beside_others(
+    caller: Model, trained: Model, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    """Both are offered to the model, and it may call either, in its own way."""
+    called = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    asked: dict[str, Any] = {"think": False, "template_arguments": PYTHON, "tools": TOOLS[1:]}
+    for model in (caller, trained):
+        for text, names in (
+            (WRITTEN, ["get_weather"]),
+            (f"Let me see.\n{called}", ["clock"]),
+            (f"{WRITTEN}\n{called}", ["get_weather", "clock"]),
+        ):
+            scripted(monkeypatch, model, text)
+            result = ask(model, streamed, **asked)
+            assert (result.text, result.finish_reason) == ("Let me see.", "tool_calls")
+            assert [call.name for call in result.tool_calls] == names
+        with pytest.raises(RequestError, match=r"^parallel_tool_calls: "):
+            ask(model, streamed, **asked, parallel_tool_calls=False)
+        past: list[dict[str, Any]] = [
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"name": name, "arguments": {}} for name in ("get_weather", "clock", "other")]},
+        ]  # fmt: skip
+        text = model.template.render(past, tools=TOOLS[1:], template_arguments=PYTHON)
+        assert f"<code>\nget_weather()\n</code>\n{called}\n<tool_call>" in text
+        assert "def get_weather" in text
+        monkeypatch.undo()
+        # A form that the answer must have leaves no room for Python.
+        result = ask(model, streamed, **asked, tool_choice="required", max_tokens=400)
+        assert {call.name for call in result.tool_calls} <= {"clock"}
+        assert "<code>" not in result.text
+
+
 def test_tools_under_the_name_that_a_template_has_for_them(trained: Model) -> None:
     asked: dict[str, Any] = {"tools": None, "think": False, "parallel_tool_calls": False}
     result = ask(

@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
-from smolrun.text.code_calls import MAX_CODE, CodeCallParser, calls_in, signatures_of
+from smolrun.errors import SmolrunError
+from smolrun.text.code_calls import (
+    MAX_CODE,
+    CodeCallParser,
+    MixedCallParser,
+    calls_in,
+    signatures_of,
+)
+from smolrun.text.grammar import GrammarCompiler
 from smolrun.text.messages import MessageStyle, normalize_messages
 from smolrun.text.tokenizer import IncrementalDecoder, Tokenizer
+from smolrun.text.tool_calls import tool_matcher, tool_plan
 from smolrun.text.tools import ToolCall, write_tool_calls
 
 from .support import byte_tokenizer
@@ -29,9 +38,13 @@ TOOLS: list[Any] = [
 SIGNATURES = signatures_of(TOOLS)
 
 
-def read(tokenizer: Tokenizer, text: str) -> tuple[str, list[ToolCall]]:
+def read(
+    tokenizer: Tokenizer,
+    text: str,
+    kind: type[CodeCallParser] | type[MixedCallParser] = CodeCallParser,
+) -> tuple[str, list[ToolCall]]:
     """What is left as text, and the calls; what is streamed must join to them."""
-    parser, decoder = CodeCallParser(tokenizer, SIGNATURES), IncrementalDecoder(tokenizer)
+    parser, decoder = kind(tokenizer, SIGNATURES), IncrementalDecoder(tokenizer)
     passed = ""
     joined: dict[tuple[int, str, str], str] = {}
     for token in tokenizer.encode(text):
@@ -94,6 +107,55 @@ def test_calls(tokenizer: Tokenizer, code: str, expected: list[Any]) -> None:
             text, calls = read(tokenizer, f"Let me see.\n{opened}{code}{closed}\n")
             assert text == "Let me see."
             assert [(call.name, call.arguments) for call in calls] == expected
+
+
+ALL_BY_ID = byte_tokenizer(user_defined=["<code>", "</code>", "<tool_call>", "</tool_call>"])
+JSON_CALLS = """<tool_call>
+{"name": "clock", "arguments": {"zone": "</code>"}}
+</tool_call>
+<tool_call>
+{"name": "other", "arguments": {}}
+</tool_call>"""
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "names"),
+    [
+        ("Hi.", "Hi.", []),
+        ("Hi.\n<code>clock()</code>\n", "Hi.", ["clock"]),
+        (f"Hi.\n{JSON_CALLS}", "Hi.", ["clock", "other"]),
+        (f"A\n<code>lookup(word=1)</code>\n{JSON_CALLS}", "A", ["lookup", "clock", "other"]),
+        (f"<code>\nx = 5\n</code>\n{JSON_CALLS}", "<code>\nx = 5\n</code>", ["clock", "other"]),
+        (f"<code>clock(\n{JSON_CALLS}", "<code>clock(", ["clock", "other"]),
+        ("a <code> b", "a <code> b", []),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", [ALL_BY_ID, BY_ID, BY_TEXT], ids=["ids", "code", "text"])
+def test_calls_of_both_kinds(tokenizer: Tokenizer, text: str, left: str, names: list[str]) -> None:
+    found, calls = read(tokenizer, text, MixedCallParser)
+    assert (found, [call.name for call in calls]) == (left, names)
+
+
+@pytest.mark.parametrize("tokenizer", [ALL_BY_ID, BY_ID, BY_TEXT], ids=["ids", "code", "text"])
+def test_the_grammar_of_calls_leaves_room_for_code(tokenizer: Tokenizer) -> None:
+    grammars = GrammarCompiler(tokenizer, tokenizer.stop_ids())
+    plan = tool_plan([{"name": "clock"}])
+    assert plan is not None
+
+    def follow(text: str, code: bool) -> None:
+        matcher = tool_matcher(grammars, tokenizer, plan, "objects", None, code=code)
+        for token in tokenizer.encode(text):
+            matcher.accept(token)
+
+    called = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    for text in ("<code>", "A\n<code>\nf(1)\n</code>\nB", "<code>1</code><code></code>"):
+        follow(text, True)
+        follow(f"{text}\n{called}", True)
+        if tokenizer is not BY_TEXT:  # where tags are tokens, text is without them
+            with pytest.raises(SmolrunError, match="^tools: "):
+                follow(text, False)
+    with pytest.raises(SmolrunError, match="^tools: "):
+        follow(f"<code></code>{called}B", True)
 
 
 NOT_CALLS = [

@@ -159,18 +159,22 @@ def prepare_chat(
     tokenizer = tokenizer_of(loaded)
     matcher = None
     calls: CallParser | None = None
+    if structure is not None or (plan is not None and plan.required):
+        signatures = None  # it must have another form
     if plan is not None:
         from smolrun.text.tool_calls import ToolCallParser, tool_matcher
 
         calls = ToolCallParser(tokenizer)
         grammars = _grammars(loaded, "tools", parameters)
-        matcher = tool_matcher(grammars, tokenizer, plan, template.tool_call_style, structure)
+        matcher = tool_matcher(
+            grammars, tokenizer, plan, template.tool_call_style, structure, code=bool(signatures)
+        )
     elif structure is not None:
         matcher = _matcher(loaded, structure, parameters)
-    elif signatures:
-        from smolrun.text.code_calls import CodeCallParser
+    if signatures:
+        from smolrun.text.code_calls import CodeCallParser, MixedCallParser
 
-        calls = CodeCallParser(tokenizer, signatures)
+        calls = (MixedCallParser if plan else CodeCallParser)(tokenizer, signatures)
     limiter = None
     thinks = template.supports_thinking and thinking.enabled is not False
     if thinking.limited or (matcher is not None and thinks):
@@ -218,7 +222,7 @@ def _code_signatures(given: Mapping[str, Any]) -> Signatures | None:
     tools = arguments.get("python_tools") if isinstance(arguments, Mapping) else None
     if not isinstance(tools, list) or not tools or given.get("tool_choice") == "none":
         return None
-    if given.get("parallel_tool_calls") is False and not given.get("tools"):
+    if given.get("parallel_tool_calls") is False:
         raise RequestError("parallel_tool_calls: Python may make several calls; leave it out")
     from smolrun.text.code_calls import signatures_of
 

@@ -15,12 +15,12 @@ from smolrun.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from smolrun.engine.guide import Guide
-    from smolrun.text.code_calls import CodeCallParser
+    from smolrun.text.code_calls import CodeCallParser, MixedCallParser
     from smolrun.text.tokenizer import Tokenizer
     from smolrun.text.tool_calls import CallDelta, ToolCallParser
     from smolrun.text.tools import ToolCall
 
-    CallParser = ToolCallParser | CodeCallParser
+    CallParser = ToolCallParser | CodeCallParser | MixedCallParser
 
 
 @dataclass(frozen=True)

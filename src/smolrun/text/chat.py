@@ -237,10 +237,12 @@ class ChatTemplate:
             )
         if thinking and not self.supports_thinking:
             raise TemplateError(f"{self.origin}: this model's chat template has no thinking mode")
-        as_code = variables.get("python_tools") and not (tools or variables.get("xml_tools"))
+        as_code = bool(variables.get("python_tools"))
+        beside = tools or variables.get("xml_tools")
         style = MessageStyle(
             reads_tool_calls="tool_calls" in self.source,
-            tool_calls="code" if as_code else self.tool_call_style,
+            tool_calls="code" if as_code and not beside else self.tool_call_style,
+            code=_only_in_code(variables["python_tools"], beside) if as_code else frozenset(),
             thinks=self.supports_thinking,
         )
         made = normalize_messages(messages, style, keep_reasoning=keep_reasoning)
@@ -330,7 +332,7 @@ class ChatTemplate:
                 f"{self.origin}: this model's chat template has no place for tools; name each of "
                 "them in a system message, in the words that the model was trained on"
             )
-        if given.get("xml_tools") or given.get("python_tools"):
+        if given.get("xml_tools"):
             raise TemplateError(
                 f"{self.origin}: this model's chat template has no place for tools beside those "
                 "of template_arguments"
@@ -443,6 +445,14 @@ class ChatTemplate:
                 ids.append(token_id)
                 start = found.end()
         return ids
+
+
+def _only_in_code(python_tools: Sequence[object], others: object) -> frozenset[str]:
+    """Names of tools that can be called from Python and in no other way."""
+    from smolrun.text.code_calls import signatures_of  # few conversations need it
+
+    named = signatures_of(others) if isinstance(others, Sequence) else {}
+    return frozenset(signatures_of(python_tools)) - frozenset(named)
 
 
 def _restored(text: str, restore: Mapping[str, str]) -> str:

@@ -1,13 +1,14 @@
 """Calls of tools that a model writes as Python between `<code>` and `</code>`.
 
-SmolLM3 does so where its template was given `python_tools`. The code is only read, never run: it
-counts as calls where it is nothing but calls of these tools with literal arguments, and stays text
-where it is anything else.
+SmolLM3 does so where its template was given `python_tools`; beside these it may have others, which
+it calls in JSON. The code is only read, never run: it counts as calls where it is nothing but calls
+of these tools with literal arguments, and stays text where it is anything else.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import textwrap
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from smolrun.text.tool_calls import CallDelta, begins_tag
+from smolrun.text.tool_calls import CallDelta, ToolCallParser, begins_tag
 from smolrun.text.tools import CODE_CLOSE, CODE_OPEN, ToolCall
 
 if TYPE_CHECKING:
@@ -240,3 +241,37 @@ class CodeCallParser:
                 CallDelta(index, call_id, name, written),
             ]
         return deltas
+
+
+class MixedCallParser:
+    """Takes calls written as Python, and calls written as JSON after them, out of an answer's text.
+
+    Args:
+        tokenizer: of the model.
+        signatures: of the tools that are called from Python.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, signatures: Signatures) -> None:
+        self._json = ToolCallParser(tokenizer)
+        self._code = CodeCallParser(tokenizer, signatures)
+        self._places: dict[str, int] = {}  # of calls that have begun, by id
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Complete calls so far."""
+        found = [*self._code.calls, *self._json.calls]
+        return sorted(found, key=lambda call: self._places[call.id or ""])
+
+    def push(self, token_id: int, text: str) -> tuple[str, list[CallDelta]]:
+        """Takes the text of the next token; text to pass on, and then more of calls."""
+        text, later = self._json.push(token_id, text)
+        text, deltas = self._code.push(token_id, text)
+        return text, [
+            dataclasses.replace(delta, index=self._places.setdefault(delta.id, len(self._places)))
+            for delta in (*deltas, *later)
+        ]
+
+    def flush(self) -> str:
+        """Text that was held back, at the end of the stream."""
+        passed, _ = self._code.push(-1, self._json.flush())
+        return passed + self._code.flush()

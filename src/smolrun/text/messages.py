@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,13 @@ class MessageStyle:
     Attributes:
         reads_tool_calls: the template renders `tool_calls` of past messages itself.
         tool_calls: how past calls are written into the content otherwise.
+        code: names of tools whose past calls are written as code whatever the others are.
         thinks: the model reasons, so `</think>` in an answer ends its reasoning.
     """
 
     reads_tool_calls: bool = False
     tool_calls: ToolCallStyle = "objects"
+    code: frozenset[str] = frozenset()
     thinks: bool = False
 
 
@@ -100,7 +103,10 @@ def _normalize(
                 for call in read
             ]
         else:
-            written = write_tool_calls(read, style.tool_calls)
+            runs = itertools.groupby(
+                read, lambda call: "code" if call.name in style.code else style.tool_calls
+            )
+            written = "\n".join(write_tool_calls(list(run), how) for how, run in runs)
             content = f"{content}\n{written}" if content else written
     made["content"] = content
     return made

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from smolrun.errors import RequestError
 from smolrun.text.functions import function_tool
 from smolrun.text.structure import LINE_OPTIONS, Structure, json_part, quoted
-from smolrun.text.tools import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, ToolCall, ToolCallStyle
+from smolrun.text.tools import (
+    CODE_CLOSE,
+    CODE_OPEN,
+    TOOL_CALL_CLOSE,
+    TOOL_CALL_OPEN,
+    ToolCall,
+    ToolCallStyle,
+)
 
 if TYPE_CHECKING:
     from smolrun.text.grammar import GrammarCompiler, Matcher
@@ -128,8 +135,18 @@ def tool_matcher(
     plan: ToolPlan,
     style: ToolCallStyle,
     structure: Structure | None,
+    *,
+    code: bool = False,
 ) -> Matcher:
     """What an answer may be: text and then calls, or calls alone; or a structure, or calls.
+
+    Args:
+        grammars: compile it.
+        tokenizer: of the model.
+        plan: what may be called.
+        style: how calls are written.
+        structure: of an answer that calls nothing.
+        code: the text may have tags of code, where these are tokens.
 
     Raises:
         RequestError: naming the tool whose schema is broken.
@@ -154,6 +171,8 @@ def tool_matcher(
     else:
         body = f'"\\n" call "\\n" {closed}'
         again = f' ("\\n" {opened} {body})*' if plan.parallel else ""
+    tags = [tag for tag in (CODE_OPEN, CODE_CLOSE) if tokenizer.added_id_of(tag) is not None]
+    before = f"(TEXT ({' | '.join(tags)}))* " if code and tags else ""
     parts = {}
     if plan.required:
         lines.insert(0, f"start: {opened} {body}{again}")
@@ -161,10 +180,10 @@ def tool_matcher(
         parts["answer"] = structure.lark
         lines.insert(0, f"start: @answer | {opened} {body}{again}")
     elif as_tokens:
-        lines.insert(0, f"start: TEXT | TEXT {opened} {body}{again}")
+        lines.insert(0, f"start: {before}TEXT | {before}TEXT {opened} {body}{again}")
         lines.append(f"TEXT: {_TEXT}")
     else:
-        lines.insert(0, f"start: TEXT | head {body}{again}")
+        lines.insert(0, f"start: {before}TEXT | {before}head {body}{again}")
         lines += [f"head[lazy]: TEXT {opened}", f"TEXT: {_TEXT}"]
     return grammars.compile("\n".join(lines), "tools", parts)
 
