@@ -116,7 +116,7 @@ struct Activations {
     const uint32_t* pairs;     // [tokens][ceil(columns/2)], likewise: two inputs of bfloat16 each
 };
 
-inline constexpr int64_t kPanelTokens = 48;  // at most
+inline constexpr int64_t kPanelTokens = 32;  // at most
 
 // Attention sums block by block within a segment, and then segment by segment: segments of one
 // token may be computed by several threads.

@@ -193,11 +193,14 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
     const int64_t groups = d.num_attention_heads / group;
     const int64_t together =
         std::clamp<int64_t>(tokens * d.num_key_value_heads / wanted, 1, kAttentionTokens);
-    const int64_t runs = ceil_div(tokens, together);
+    const int64_t own = own_tokens(tokens, worker.threads(), step.kernels.panel_tokens);
+    const int64_t runs_of_own = ceil_div(own, together);
+    const int64_t runs = tokens / own * runs_of_own + ceil_div(tokens % own, together);
 
     worker.phase(runs * groups, [&](int64_t chunk) {
-        const int64_t begin = chunk / groups * together;
-        const int64_t end = std::min(begin + together, tokens);
+        const int64_t run = chunk / groups, first = run / runs_of_own * own;
+        const int64_t begin = first + run % runs_of_own * together;
+        const int64_t end = std::min({begin + together, first + own, tokens});
         const int64_t head = chunk % groups * group;
         const auto& tables = step.arrays.block_tables;
         const int32_t* const positions = step.arrays.positions;

@@ -25,6 +25,12 @@ constexpr int64_t kOwnTokens = 96;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Tokens of a step that one thread keeps to itself from operation to operation, or all of them.
+inline int64_t own_tokens(int64_t tokens, int threads, int64_t panel) {
+    if (tokens < threads * kOwnTokens) return tokens;
+    return std::min(tokens, round_up(ceil_div(tokens, threads), panel));
+}
+
 // How a product [tokens] x [rows] is cut into chunks. Tiles of tokens come one after the other, so
 // that all threads read the same inputs.
 struct Tiling {
@@ -71,8 +77,8 @@ inline Tiling tile(int64_t tokens, const Matrix& weights, int64_t unit, const St
     const int64_t panel = step.kernels.panel_tokens;
     const auto in_panels = [&](int64_t most) { return most < panel ? most : most / panel * panel; };
     int64_t most = in_panels(std::max(kFewestTileTokens, kTileBytes / (weights.columns * 2)));
-    if (tokens >= worker.threads() * kOwnTokens && weights.type != WeightType::F16) {
-        most = std::min(most, round_up(ceil_div(tokens, worker.threads()), panel));
+    if (weights.type != WeightType::F16) {
+        most = std::min(most, own_tokens(tokens, worker.threads(), panel));
     }
     Tiling t{};
     t.tokens = tokens;

@@ -7,6 +7,8 @@
 #include <string>
 #include <utility>
 
+#include "products.h"
+
 namespace smolrun {
 namespace {
 
@@ -94,6 +96,8 @@ void Runner::prepare(const StepRequest& request) {
         last = position;
     }
     copy_tables(copied);
+    check_slots(copied);
+    reorder(sequences);
 
     arrays_.tokens = n;
     arrays_.token_ids = token_ids_.data();
@@ -107,8 +111,39 @@ void Runner::prepare(const StepRequest& request) {
     arrays_.logit_rows = logit_rows_.data();
     arrays_.logits = request.logits;
     arrays_.hidden = request.hidden;
-    check_slots(copied);
     narrow();
+}
+
+// A thread keeps its tokens from operation to operation, and later ones look at more of the cache:
+// so each gets some of the first and some of the last.
+void Runner::reorder(std::vector<int32_t>& sequences) {
+    const int64_t tokens = static_cast<int64_t>(positions_.size());
+    const int64_t own = own_tokens(tokens, threads(), program_.kernels().panel_tokens);
+    // Squares are added up in the order of the tokens.
+    if (own == tokens || !squares_.empty()) return;
+    std::vector<int32_t> order;
+    int64_t front = 0, back = tokens;
+    while (front < back) {
+        const int64_t count = std::min(own, back - front), first = count / 2;
+        back -= count - first;
+        for (int64_t i = 0; i < first; ++i) order.push_back(static_cast<int32_t>(front + i));
+        for (int64_t i = first; i < count; ++i) {
+            order.push_back(static_cast<int32_t>(back + i - first));
+        }
+        front += first;
+    }
+    const auto bring_in_order = [&](std::vector<int32_t>& values) {
+        const std::vector<int32_t> before = values;
+        for (size_t i = 0; i < order.size(); ++i) values[i] = before[static_cast<size_t>(order[i])];
+    };
+    bring_in_order(token_ids_);
+    bring_in_order(positions_);
+    bring_in_order(sequences);
+    std::vector<int32_t> places(order.size());
+    for (size_t i = 0; i < order.size(); ++i) {
+        places[static_cast<size_t>(order[i])] = static_cast<int32_t>(i);
+    }
+    for (int32_t& row : logit_rows_) row = places[static_cast<size_t>(row)];
 }
 
 void Runner::narrow() {
@@ -172,7 +207,8 @@ void Runner::check_slots(const StepRequest& request) {
     slots_.clear();
     for (int64_t i = 0; i < request.tokens; ++i) {
         const int64_t position = request.positions[i];
-        const int64_t block = arrays_.block_tables[static_cast<size_t>(i)][position / kBlockTokens];
+        const int64_t table = table_begins_[static_cast<size_t>(request.sequences[i])];
+        const int64_t block = tables_[static_cast<size_t>(table + position / kBlockTokens)];
         slots_.push_back(block * kBlockTokens + position % kBlockTokens);
     }
     std::sort(slots_.begin(), slots_.end());

@@ -67,6 +67,7 @@ class Runner {
     int threads() const { return program_.dimensions().threads; }
 
   private:
+    void reorder(std::vector<int32_t>& sequences);
     void narrow();
     template <class Finished>
     void run_operations(const StepContext& step, const StepContext& narrowed, Worker& worker,

@@ -149,6 +149,41 @@ def test_same_bits_whatever_the_threads_and_chunks(types: tuple[WeightType, ...]
 
 
 @pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("activations", ["exact", "fast"])
+@pytest.mark.parametrize("types", [MIX, FLOATS, FLOATS[2:]], ids=lambda t: t[-1].value)
+def test_same_bits_where_threads_keep_their_tokens(
+    types: tuple[WeightType, ...], activations: Activations, isa: str
+) -> None:
+    # As they do from 96 tokens of a step for each thread on, but with weights of F16.
+    config = small_config(max_position_embeddings=1024)
+    model = Model.random(config, types)
+    tokens = random_tokens(config, 501)
+    alone = model.runner(isa=isa, activations=activations)
+    first = run_sequence(alone, config, tokens, blocks_for(501), 90)
+    assert np.isfinite(first).all()
+    zeros, table, some = np.zeros(501), blocks_for(501)[None, :], [500, 3, 333, 3]
+    for threads in (2, 3, 5):
+        runner = model.runner(
+            isa=isa, activations=activations, threads=threads, max_step_tokens=501
+        )
+        for chunk in (501, 470, 300):
+            found = run_sequence(runner, config, tokens, blocks_for(501), chunk)
+            assert np.array_equal(first, found), f"{threads} threads, chunks of {chunk}"
+        found = step(runner, config, tokens, np.arange(501), zeros, table, some)
+        assert np.array_equal(first[some], found), f"{threads} threads, some rows"
+        # Two sequences: the second is the first 200 tokens again.
+        found = step(
+            runner,
+            config,
+            np.concatenate([tokens[:301], tokens[:200]]),
+            np.concatenate([np.arange(301), np.arange(200)]),
+            np.repeat([0, 1], [301, 200]),
+            np.stack([blocks_for(320), blocks_for(320, 16)]),
+        )
+        assert np.array_equal(np.concatenate([first[:301], first[:200]]), found)
+
+
+@pytest.mark.parametrize("isa", _core.isas())
 def test_same_bits_of_tokens_that_look_far_back(isa: str) -> None:
     # Past 256 tokens, several threads share the attention of one token.
     config = small_config(max_position_embeddings=1024)

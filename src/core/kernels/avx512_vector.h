@@ -34,8 +34,8 @@ constexpr int kUnpackedTileTokens = 0;
 constexpr int kByteTileTokens = 16;
 // How many of them are unrolled, so that totals are in registers.
 constexpr int kByteTileUnrolled = 16;
-// Whole tiles of either kind. Tiles of 16 of a panel of 48 inputs use all of the first-level cache.
-constexpr int64_t kTilePanelTokens = 48;
+// Two tiles: a thread's half of a step of 256 tokens is whole panels.
+constexpr int64_t kTilePanelTokens = 32;
 constexpr int kByteProductBits = 8;
 // Codes with an offset stand at the top of their byte, so that all have the same offset.
 constexpr bool kTopmostBits = true;
