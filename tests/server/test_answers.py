@@ -90,6 +90,23 @@ def test_a_stream(server: Running, include_usage: bool) -> None:  # STR-04
     assert all(len(token["top_logprobs"]) == 2 for token in tokens)
 
 
+def test_no_character_is_cut(server: Running) -> None:  # STR-01
+    """An answer that must be this text, ended after each of its tokens, which are bytes."""
+    text = "👍🏽中文e\u0301🇩🇰"
+    body = {**GREEDY, "think": False, "choices": [text], "max_tokens": 100}
+    whole = server.post(CHAT, body).json()
+    assert whole["choices"][0]["message"]["content"] == text
+    assert whole["usage"]["completion_tokens"] > len(text)
+    for count in range(1, whole["usage"]["completion_tokens"] + 1):
+        body["max_tokens"] = count
+        cut = server.post(CHAT, body).json()["choices"][0]["message"]["content"]
+        lines = server.post(CHAT, {**body, "stream": True}).content.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        assert joined(chunks) == cut
+        assert text.startswith(cut.rstrip("\ufffd"))
+        assert "\ufffd" not in joined(chunks[:-2])  # only what the end cut off
+
+
 def test_reasoning_is_apart(server: Running) -> None:
     think = server.model.tokenizer.id_of("<think>")
     close = server.model.tokenizer.id_of("</think>")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +113,9 @@ BAD: list[dict[str, Any]] = [  # API-06
 def test_what_is_no_structure_is_refused(
     healthy: Running, fields: dict[str, Any], stream: bool
 ) -> None:
-    started = time.monotonic()
     reply = healthy.post(CHAT, {**GREEDY, **fields, "stream": stream, "max_tokens": 5})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"]
-    assert time.monotonic() - started < 60
 
 
 HEAVY: list[dict[str, Any]] = [
