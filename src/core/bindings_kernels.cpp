@@ -82,15 +82,18 @@ int64_t py_packed_bytes(const std::string& name, int64_t rows, int64_t columns) 
 }
 
 void py_pack(const std::string& name, int64_t rows, int64_t columns, nb::handle data,
-             int64_t interleaved_head_dim, nb::handle out) {
+             int64_t interleaved_head_dim, nb::handle out, bool as_codes) {
     const WeightType type = checked_type(name, rows, columns);
+    require(type != WeightType::I16, "type: no file has I16");
     require(
         interleaved_head_dim == 0 || (interleaved_head_dim > 0 && interleaved_head_dim % 2 == 0 &&
                                       rows % interleaved_head_dim == 0),
         "interleaved_head_dim: must be even and divide the rows, or be 0");
     const Array from = input(data, "data", Element::uint8, {rows * row_bytes(type, columns)});
-    const Array to = output(out, "out", Element::uint8, {packed_bytes(type, rows, columns)});
-    const FileRows source{type, rows, columns, from.data<std::byte>(), interleaved_head_dim};
+    const FileRows source{type,    rows, columns, from.data<std::byte>(), interleaved_head_dim,
+                          as_codes};
+    const Array to =
+        output(out, "out", Element::uint8, {packed_bytes(source.packed_type(), rows, columns)});
     nb::gil_scoped_release unlocked;
     pack(source, 0, row_groups(rows), to.data<std::byte>());
 }
@@ -135,16 +138,22 @@ struct ByteInputs {
     }
 };
 
-// The same in bfloat16.
-std::vector<uint32_t> rounded_inputs(const Kernels& with, const float* x, int64_t tokens,
-                                     int64_t columns) {
-    const int64_t of_token = (columns + 1) / 2;
-    std::vector<uint32_t> pairs(static_cast<std::size_t>(tokens * of_token));
-    for (int64_t t = 0; t < tokens; ++t) {
-        with.round_to_bfloat16(x + t * columns, columns, pairs.data() + t * of_token);
+// The same in runs.
+struct RunInputs {
+    std::vector<int16_t> codes;
+    std::vector<float> scales;
+
+    RunInputs(const Kernels& with, const float* x, int64_t tokens, int64_t columns) {
+        const int64_t parts = (columns + kCodePartColumns - 1) / kCodePartColumns;
+        codes.resize(static_cast<std::size_t>(parts * tokens * kCodePartColumns));
+        scales.resize(static_cast<std::size_t>(parts * tokens * kCodePartRuns));
+        for (int64_t t = 0; t < tokens; ++t) {
+            with.quantize_runs(x + t * columns, columns, tokens,
+                               codes.data() + t * kCodePartColumns,
+                               scales.data() + t * kCodePartRuns);
+        }
     }
-    return pairs;
-}
+};
 
 bool has_fast(const std::string& isa, const std::string& name) {
     return kernels(isa).fast_linear[static_cast<int>(weight_type(name))] != nullptr;
@@ -170,14 +179,18 @@ void py_linear(const std::string& isa, const std::string& name, int64_t rows, in
 
     nb::gil_scoped_release unlocked;
     const Matrix weights{type, rows, columns, bytes.data<std::byte>()};
-    Activations activations{columns, values.data<float>(), 1, nullptr, nullptr, nullptr, nullptr,
-                            nullptr};
+    Activations activations{};
+    activations.columns = columns;
+    activations.values = values.data<float>();
+    activations.panel = 1;
     std::optional<ByteInputs> rounded;
-    std::vector<uint32_t> pairs;
+    std::optional<RunInputs> runs;
     std::optional<QuantizedInputs> quantized;
-    if (fast && is_float(type)) {
-        pairs = rounded_inputs(with, activations.values, tokens, columns);
-        activations.pairs = pairs.data();
+    if (type == WeightType::I16) {
+        runs.emplace(with, activations.values, tokens, columns);
+        activations.codes = runs->codes.data();
+        activations.code_scales = runs->scales.data();
+        activations.code_stride = tokens;
     } else if (fast) {
         rounded.emplace(with, activations.values, tokens, columns);
         activations.panel = rounded->panel;
@@ -247,6 +260,33 @@ void py_quantize_bytes(const std::string& isa, nb::handle x, nb::handle codes, n
             to_sums.data<int32_t>()[2 * i + half] = piece.starts[half] / -128;
         }
     }
+}
+
+void py_quantize_runs(const std::string& isa, nb::handle x, nb::handle codes, nb::handle scales) {
+    const Kernels& with = kernels(isa);
+    const Array values = vector(x, "x");
+    const int64_t columns = values.size(0);
+    const int64_t runs = (columns + kCodeRunColumns - 1) / kCodeRunColumns;
+    const Array to_codes = output(codes, "codes", Element::int16, {columns});
+    const Array to_scales = output(scales, "scales", Element::float32, {runs});
+    const RunInputs quantized(with, values.data<float>(), 1, columns);
+    std::copy_n(quantized.codes.data(), columns, to_codes.data<int16_t>());
+    std::copy_n(quantized.scales.data(), runs, to_scales.data<float>());
+}
+
+float py_encode(const std::string& isa, const std::string& name, nb::handle weights,
+                nb::handle codes) {
+    const Kernels& with = kernels(isa);
+    const WeightType type = weight_type(name);
+    require(type == WeightType::F16 || type == WeightType::BF16,
+            "type: expected F16 or BF16, not " + name);
+    const Array from(weights, "weights", Element::uint8, 1);
+    const int64_t count = from.size(0) / 2;
+    require(from.size(0) % 2 == 0, "weights: not a whole number of them");
+    require(count <= kCodePartColumns, "weights: more than 512");
+    const Array to = output(codes, "codes", Element::int16, {count + count % 2});
+    const auto encode = type == WeightType::F16 ? with.encode_f16 : with.encode_bf16;
+    return encode(from.data<std::byte>(), count, to.data<int16_t>());
 }
 
 void py_rms_norm(const std::string& isa, nb::handle x, nb::handle weight, float epsilon,
@@ -369,7 +409,7 @@ void bind_kernels(nb::module_& module) {
     nb::module_ m = module.def_submodule("kernels");
     m.def("packed_bytes", &py_packed_bytes, "type"_a, "rows"_a, "columns"_a);
     m.def("pack", &py_pack, "type"_a, "rows"_a, "columns"_a, "data"_a, "interleaved_head_dim"_a,
-          "out"_a);
+          "out"_a, "as_codes"_a = false);
     m.def("linear", &py_linear, "isa"_a, "type"_a, "rows"_a, "columns"_a, "packed"_a, "x"_a,
           "row_begin"_a, "row_end"_a, "out"_a, "fast"_a = false);
     m.def("has_fast", &has_fast, "isa"_a, "type"_a);
@@ -377,6 +417,8 @@ void bind_kernels(nb::module_& module) {
           "row"_a, "out"_a);
     m.def("quantize", &py_quantize, "isa"_a, "x"_a, "codes"_a, "scales"_a, "sums"_a);
     m.def("quantize_bytes", &py_quantize_bytes, "isa"_a, "x"_a, "codes"_a, "scales"_a, "sums"_a);
+    m.def("quantize_runs", &py_quantize_runs, "isa"_a, "x"_a, "codes"_a, "scales"_a);
+    m.def("encode", &py_encode, "isa"_a, "type"_a, "weights"_a, "codes"_a);
     m.def("rms_norm", &py_rms_norm, "isa"_a, "x"_a, "weight"_a, "epsilon"_a, "out"_a);
     m.def("rope", &py_rope, "isa"_a, "heads"_a, "cosine"_a, "sine"_a);
     m.def("swiglu", &py_swiglu, "isa"_a, "gate"_a, "up"_a, "out"_a);

@@ -20,7 +20,7 @@ namespace smolrun {
 namespace {
 
 WeightType weight_type(const std::string& name, const char* argument) {
-    for (int i = 0; i < kWeightTypes; ++i) {
+    for (int i = 0; i < kFileTypes; ++i) {
         if (name == kBlockLayouts[i].name) return static_cast<WeightType>(i);
     }
     throw nb::value_error((std::string(argument) + ": unknown weight type '" + name + "'").c_str());
@@ -56,7 +56,7 @@ void py_quantize(const std::string& isa, const std::string& type_name,
     }
     QuantizeResult result;
     try {
-        const FileRows file_rows{source_type, rows, columns, from.data<std::byte>(), 0};
+        const FileRows file_rows{source_type, rows, columns, from.data<std::byte>(), 0, false};
         const GilReleased released;
         result = quantize_rows(isa, file_rows, weights ? weights->data<float>() : nullptr, type,
                                to.data<std::byte>());

@@ -23,7 +23,7 @@ namespace smolrun {
 namespace {
 
 WeightType weight_type_of(const std::string& name) {
-    for (int i = 0; i < kWeightTypes; ++i) {
+    for (int i = 0; i < kFileTypes; ++i) {
         if (name == kBlockLayouts[i].name) return static_cast<WeightType>(i);
     }
     throw std::invalid_argument("type: '" + name + "' is not a weight type");
@@ -34,7 +34,7 @@ class PythonWeight {
   public:
     // Packed by `pack`, or as one of the items of a Packing.
     PythonWeight(const std::string& type, int64_t rows, int64_t columns, nb::handle data,
-                 int64_t interleaved_head_dim, bool drop_source, bool consume_source,
+                 int64_t interleaved_head_dim, bool drop_source, bool consume_source, bool as_codes,
                  const FileMappings& files)
         : source_(std::in_place, data, "data", Element::uint8, 1) {
         if (drop_source && !source_->readonly()) {
@@ -43,8 +43,8 @@ class PythonWeight {
         if (consume_source && source_->readonly()) {
             throw std::invalid_argument("data: consume_source needs a writable array");
         }
-        const FileRows source{weight_type_of(type), rows, columns, source_->data<std::byte>(),
-                              interleaved_head_dim};
+        const FileRows source{weight_type_of(type), rows,    columns, source_->data<std::byte>(),
+                              interleaved_head_dim, as_codes};
         const int64_t bytes = source_->bytes();
         weight_.emplace(source, bytes);
         if (drop_source) release_.file = files.around(source.data, static_cast<size_t>(bytes));
@@ -76,7 +76,7 @@ class PythonWeight {
 // Weights on their way, and the sources that they are packed from.
 class PythonPacking {
   public:
-    explicit PythonPacking(const nb::list& sources) {
+    PythonPacking(const nb::list& sources, bool as_codes) {
         const FileMappings files;
         std::vector<Packing::Item> items;
         for (const nb::handle source : sources) {
@@ -87,7 +87,7 @@ class PythonPacking {
                     source);
             weights_.push_back(std::make_unique<PythonWeight>(type, rows, columns, data,
                                                               interleaved_head_dim, drop_source,
-                                                              consume_source, files));
+                                                              consume_source, as_codes, files));
             items.push_back(weights_.back()->item());
         }
         packing_.emplace(std::move(items));
@@ -278,25 +278,25 @@ void bind_runner(nb::module_& module) {
         .def(
             "__init__",
             [](PythonWeight* self, const std::string& type, int64_t rows, int64_t columns,
-               nb::handle data, int64_t interleaved_head_dim, bool drop_source,
-               bool consume_source) {
+               nb::handle data, int64_t interleaved_head_dim, bool drop_source, bool consume_source,
+               bool as_codes) {
                 new (self) PythonWeight(type, rows, columns, data, interleaved_head_dim,
-                                        drop_source, consume_source, FileMappings());
+                                        drop_source, consume_source, as_codes, FileMappings());
                 self->pack();
             },
             nb::arg("type"), nb::arg("rows"), nb::arg("columns"), nb::arg("data"),
             nb::arg("interleaved_head_dim") = 0, nb::arg("drop_source") = false,
-            nb::arg("consume_source") = false)
+            nb::arg("consume_source") = false, nb::arg("as_codes") = false)
         .def_prop_ro("type",
                      [](const PythonWeight& w) {
-                         return std::string(layout(w.weight().matrix().type).name);
+                         return std::string(layout(w.weight().source_type()).name);
                      })
         .def_prop_ro("rows", [](const PythonWeight& w) { return w.weight().matrix().rows; })
         .def_prop_ro("columns", [](const PythonWeight& w) { return w.weight().matrix().columns; })
         .def_prop_ro("nbytes", [](const PythonWeight& w) { return w.weight().packed_bytes(); });
 
     nb::class_<PythonPacking>(module, "Packing")
-        .def(nb::init<const nb::list&>(), nb::arg("sources"))
+        .def(nb::init<const nb::list&, bool>(), nb::arg("sources"), nb::arg("as_codes") = false)
         .def("work", &PythonPacking::work, nb::arg("chunks"))
         .def("stop", &PythonPacking::stop)
         .def("weights", &PythonPacking::weights)

@@ -1,7 +1,7 @@
 // The weight types, and how their blocks are laid out in memory for the kernels.
 //
-// Weights are repacked once at load, bit for bit the same size. Sixteen rows make a group (rows
-// past the end are zero), and a group holds one *packed block* per block of columns:
+// Weights are repacked once at load, bit for bit the same size but for I16. Sixteen rows make a
+// group (rows past the end are zero), and a group holds one *packed block* per block of columns:
 //
 //     [row group][block along the row][packed block of 16 rows]
 //
@@ -11,6 +11,12 @@
 // Of float types a block is one column: F32 and F16 are [row group][column][16]. BF16 has two, so
 // that a 32-bit word holds neighbours, the first one in its low half: [row group][pair][16][2],
 // with zeros after an odd number of columns.
+//
+// I16 is in no file: codes of 16 bits to which F16 and BF16 are rounded where activations are fast
+// (kernels.h). A row has a scale for each *part* of 512 columns, of which the last one may have
+// fewer: weight = scale * code. Scales are float, codes in pairs as of BF16:
+//
+//     [row group][part]: scales[16], codes[pair][16][2]
 //
 // In a packed block of a quantized type a *plane* holds one bit field of the codes as 32-bit words,
 // one word per row: words[v][16]. A *quad* is four consecutive weights of each row: after
@@ -61,7 +67,8 @@ inline constexpr int64_t kGroupRows = 16;
     X(Q5_K, 256, 176)           \
     X(Q6_K, 256, 210)           \
     X(IQ4_NL, 32, 18)           \
-    X(IQ4_XS, 256, 136)
+    X(IQ4_XS, 256, 136)         \
+    X(I16, 1, 2)
 
 enum class WeightType : int {
 #define X(name, weights, bytes) name,
@@ -70,6 +77,7 @@ enum class WeightType : int {
         count
 };
 inline constexpr int kWeightTypes = static_cast<int>(WeightType::count);
+inline constexpr int kFileTypes = static_cast<int>(WeightType::I16);  // the first ones
 
 struct BlockLayout {
     const char* name;
@@ -84,6 +92,7 @@ inline constexpr BlockLayout kBlockLayouts[kWeightTypes] = {
 inline constexpr const BlockLayout& layout(WeightType type) {
     return kBlockLayouts[static_cast<int>(type)];
 }
+// Of any number of columns, with inputs that are not rounded to pieces.
 inline constexpr bool is_float(WeightType type) { return layout(type).weights == 1; }
 
 // A weight ready for the kernels. Owns nothing.
@@ -91,7 +100,7 @@ struct Matrix {
     WeightType type;
     int64_t rows;           // output features
     int64_t columns;        // input features
-    const std::byte* data;  // [groups][blocks][packed block]
+    const std::byte* data;  // [groups][blocks][packed block], or parts of I16
 };
 
 }  // namespace smolrun

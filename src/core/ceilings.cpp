@@ -94,8 +94,7 @@ std::vector<Ceiling> measure_ceilings(std::string_view isa, int threads, int sam
     std::vector<Source> sources;
     std::vector<Ceiling> ceilings{{"read", {}}};
     for (const Source source : {Source{"f32", &probes.f32, 0}, Source{"int16", &probes.int16, 0},
-                                Source{"int8", &probes.int8, 0}, Source{"bf16", &probes.bf16, 0}}) {
-        if (source.probe->run == nullptr) continue;
+                                Source{"int8", &probes.int8, 0}}) {
         sources.push_back({source.name, source.probe, rounds_of(*source.probe, team, chunks)});
         ceilings.push_back({source.name, {}});
     }

@@ -9,7 +9,7 @@
 namespace smolrun {
 
 struct Ceiling {
-    std::string name;           // "read", "f32", "int16", "int8", "bf16"
+    std::string name;           // "read", "f32", "int16", "int8"
     std::vector<double> rates;  // bytes or operations a second, one figure per sample
 };
 

@@ -56,10 +56,8 @@ Features detect() {
 
     constexpr uint32_t kF = bit(16), kDq = bit(17), kBw = bit(30), kVl = bit(31);
     constexpr uint32_t kVnni = bit(11);  // ecx
-    constexpr uint32_t kBf16 = bit(5);   // eax of subleaf 1
-    const bool bf16 = leaf7.eax >= 1 && has(cpuid(7, 1).eax, kBf16);
     found.avx512 = found.avx2 && (saved & kZmm) == kZmm && has(leaf7.ebx, kF | kDq | kBw | kVl) &&
-                   has(leaf7.ecx, kVnni) && bf16;
+                   has(leaf7.ecx, kVnni);
     return found;
 }
 

@@ -42,11 +42,14 @@
 // or, where the weights have a scale for each 16, the same for one half, then the other. scale * f
 // is exact. In the end the product is s * total.
 //
-// Fast products of BF16 weights: of inputs rounded to bfloat16, in pairs, by an instruction that
-// takes subnormal numbers for zero and gives zero for them. Parts are as below.
-//
 // Products of float weights take any number of columns. They are summed in parts of 512, each in
 // the order of its columns, and then the sums of the parts in order.
+//
+// Products of I16 weights likewise take any number of columns, of inputs rounded to 16 bits with a
+// scale for each run of 128 columns. Norms of codes are bounded so that their products, summed over
+// a run, fit 32 bits. In the order of the runs is added
+//
+//     scale of the weights * scale of the inputs * float(dot)      dot = sum of code * code, exact
 //
 // Packed weights start at a multiple of 64 bytes. Vectors are aligned for their element, no more.
 //
@@ -113,7 +116,9 @@ struct Activations {
     const WordScale* scales;   // [panels][columns/32][panel]
     const BytePiece* bytes;    // [panels][columns/32][panel], for fast products only
     const float* byte_scales;  // [tokens], what goes with them
-    const uint32_t* pairs;     // [tokens][ceil(columns/2)], likewise: two inputs of bfloat16 each
+    const int16_t* codes;      // [parts][code_stride][512], for products of I16 weights
+    const float* code_scales;  // [parts][code_stride][4], of their runs
+    int64_t code_stride;       // tokens between two parts
 };
 
 inline constexpr int64_t kPanelTokens = 32;  // at most
@@ -174,7 +179,7 @@ struct Kernels {
                             int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                             std::byte* scratch);
     Linear linear[kWeightTypes];
-    // The fast product. Null for F32 and F16, and where it would be no faster.
+    // The fast product. Null for float types and I16, and where it would be no faster.
     Linear fast_linear[kWeightTypes];
 
     // x[columns] -> words[columns/32], scales[columns/32], each `panel` apart.
@@ -197,10 +202,19 @@ struct Kernels {
     void (*quantize_bytes)(const float* x, int64_t columns, int64_t panel, BytePiece* pieces,
                            float* scale);
 
-    // x[columns] -> pairs[ceil(columns/2)]: rounded to nearest even, the first of two in the low
-    // half; zero after an odd number. Subnormal numbers become zero, numbers that are too large
-    // infinity. Null where there is no fast product of BF16 weights.
-    void (*round_to_bfloat16)(const float* x, int64_t columns, uint32_t* pairs);
+    // x[columns] -> codes[parts][stride][512], with a zero after an odd number of them, and scales
+    // [parts][stride][4]: scale = max(max|x| / 32767, |x| / 46300) of a run, |x| its norm; code =
+    // x / scale, rounded to nearest even. Zeros and what is not finite are as of `quantize`.
+    void (*quantize_runs)(const float* x, int64_t columns, int64_t stride, int16_t* codes,
+                          float* scales);
+
+    // Up to 512 weights, at any address -> codes of I16, with a zero after an odd number of them.
+    // Returns their scale: the least power of two, from 2^-126 up, with max|w| <= 32767 * scale
+    // and, in each run of 128, |w| <= 46300 * scale. code = w / scale, rounded to nearest even: so
+    // most numbers of as few bits as these keep their value. Where one is not finite, the scale is
+    // NaN and codes are 0. All instruction sets give the same.
+    using Encode = float (*)(const std::byte* weights, int64_t count, int16_t* codes);
+    Encode encode_f16, encode_bf16;
 
     // out = x / sqrt(mean(x^2) + epsilon) * weight, all [columns]. Squares are summed in double: a
     // finite input, however large, does not overflow into zeros.

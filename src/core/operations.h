@@ -47,9 +47,9 @@ struct LinkedInput {
     Buffer buffer;
     const float* norm;  // [width], or null
     float epsilon;
-    bool quantize;        // some weight that reads it takes codes of 16 bits
+    bool quantize;        // some weight that reads it takes codes of 16 bits, in pieces
     bool quantize_bytes;  // some weight that reads it takes codes of 8 bits
-    bool round;           // some weight that reads it takes bfloat16
+    bool quantize_runs;   // some weight that reads it is of I16
     size_t operation;     // its place in the listing
 };
 
@@ -97,12 +97,14 @@ using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu,
 
 // Inputs of a product, prepared: room for some tokens.
 struct InputScratch {
-    float* values;       // [tokens][columns]
-    WordPiece* words;    // [panels][columns / 32][panel]
-    WordScale* scales;   // [panels][columns / 32][panel]
-    BytePiece* bytes;    // [panels][columns / 32][panel]; null where no product is fast
-    float* byte_scales;  // [tokens]; likewise
-    uint32_t* pairs;     // [tokens][ceil(columns / 2)]; likewise
+    float* values;        // [tokens][columns]
+    WordPiece* words;     // [panels][columns / 32][panel]
+    WordScale* scales;    // [panels][columns / 32][panel]
+    BytePiece* bytes;     // [panels][columns / 32][panel]; null where no product is fast
+    float* byte_scales;   // [tokens]; likewise
+    int16_t* codes;       // [parts][code_stride][512]
+    float* code_scales;   // [parts][code_stride][4]
+    int64_t code_stride;  // tokens there is room for
 };
 
 // What one thread needs for itself.

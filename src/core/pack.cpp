@@ -1,11 +1,12 @@
-// Every packing is a change of bit order, no arithmetic: one block of one row is turned into the
-// words and fields of its row, sixteen rows apart from each other in memory.
+// One block of one row is turned into the words and fields of its row, sixteen rows apart from each
+// other in memory: a change of bit order, no arithmetic. Only codes of F16 and BF16 are rounded.
 #include "pack.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
+#include "dispatch.h"
 #include "kernels/numbers.h"
 #include "packed.h"
 
@@ -173,17 +174,58 @@ int64_t file_row(const FileRows& source, int64_t row) {
     return row - in_head + in_head % half * 2 + in_head / half;
 }
 
-template <WeightType type>
-void pack_group(const FileRows& source, int64_t group, std::byte* out) {
-    const int64_t bytes = row_bytes(type, source.columns);
-    const int64_t size = group_bytes(type, source.columns);
+// The rows of a group that there are, and where it goes; what it has no rows for is zero.
+struct Group {
     const std::byte* rows[kGroupRows];
-    const int64_t count = std::min(kGroupRows, source.rows - group * kGroupRows);
-    for (int64_t row = 0; row < count; ++row) {
-        rows[row] = source.data + file_row(source, group * kGroupRows + row) * bytes;
+    int64_t count;
+    std::byte* out;
+
+    Group(const FileRows& source, int64_t group, std::byte* weight)
+        : count(std::min(kGroupRows, source.rows - group * kGroupRows)) {
+        const int64_t bytes = row_bytes(source.type, source.columns);
+        for (int64_t row = 0; row < count; ++row) {
+            rows[row] = source.data + file_row(source, group * kGroupRows + row) * bytes;
+        }
+        const int64_t size = group_bytes(source.packed_type(), source.columns);
+        out = weight + group * size;
+        if (count < kGroupRows) std::memset(out, 0, static_cast<std::size_t>(size));
     }
-    std::byte* block = out + group * size;
-    if (count < kGroupRows) std::memset(block, 0, static_cast<std::size_t>(size));
+};
+
+void pack_codes(const FileRows& source, const Group& group) {
+    // All instruction sets give the same codes: the fastest one makes them.
+    static const Kernels& kernels = kernels_of(supported_isas().back());
+    const auto encode = source.type == WeightType::F16 ? kernels.encode_f16 : kernels.encode_bf16;
+    std::byte* part = group.out;
+    for (int64_t column = 0; column < source.columns; column += kCodePartColumns) {
+        const int64_t columns = std::min(kCodePartColumns, source.columns - column);
+        const int64_t pairs = (columns + 1) / 2;
+        for (int64_t row = 0; row < group.count; ++row) {
+            int16_t codes[kCodePartColumns];
+            const float scale =
+                encode(group.rows[row] + row_bytes(source.type, column), columns, codes);
+            std::memcpy(part + 4 * row, &scale, sizeof scale);
+            const RowWriter to{part + kCodeScaleBytes, row};
+            for (int64_t pair = 0; pair < pairs; ++pair) {
+                uint32_t both;
+                std::memcpy(&both, codes + 2 * pair, sizeof both);
+                to.word(0, pair, both);
+            }
+        }
+        part += kCodeScaleBytes + 4 * kGroupRows * pairs;
+    }
+}
+
+template <WeightType type>
+void pack_group(const FileRows& source, int64_t index, std::byte* out) {
+    const Group group(source, index, out);
+    if (source.packed_type() == WeightType::I16) {
+        pack_codes(source, group);
+        return;
+    }
+    const int64_t bytes = row_bytes(type, source.columns);
+    const auto& [rows, count, begin] = group;
+    std::byte* block = begin;
     constexpr int64_t block_bytes = type == WeightType::BF16 ? 4 : layout(type).bytes;
     for (int64_t at = 0; at + block_bytes <= bytes; at += block_bytes) {
         for (int64_t row = 0; row < count; ++row) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "blocks.h"
+#include "packed.h"
 
 namespace smolrun {
 
@@ -15,6 +16,12 @@ struct FileRows {
     int64_t columns;  // a multiple of the weights in a block
     const std::byte* data;
     int64_t interleaved_head_dim;  // even, divides `rows`; 0: rows stand in their order
+    bool as_codes;                 // F16 and BF16 become I16
+
+    WeightType packed_type() const {
+        const bool short_float = type == WeightType::F16 || type == WeightType::BF16;
+        return as_codes && short_float ? WeightType::I16 : type;
+    }
 };
 
 // Sixteen-row groups of a weight; the last may be part empty.
@@ -26,8 +33,10 @@ constexpr int64_t row_bytes(WeightType type, int64_t columns) {
 
 // Bytes of a packed group of rows.
 constexpr int64_t group_bytes(WeightType type, int64_t columns) {
-    const int64_t whole = type == WeightType::BF16 ? columns + columns % 2 : columns;
-    return kGroupRows * row_bytes(type, whole);
+    const bool pairs = type == WeightType::BF16 || type == WeightType::I16;
+    const int64_t codes = kGroupRows * row_bytes(type, pairs ? columns + columns % 2 : columns);
+    if (type != WeightType::I16) return codes;
+    return codes + (columns + kCodePartColumns - 1) / kCodePartColumns * kCodeScaleBytes;
 }
 
 constexpr int64_t packed_bytes(WeightType type, int64_t rows, int64_t columns) {

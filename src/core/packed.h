@@ -13,6 +13,18 @@ inline constexpr int64_t kPieceWeights = 32;
 // Products of float weights sum so many columns by themselves, then add these sums.
 inline constexpr int64_t kFloatPartColumns = 512;
 
+// Columns of I16 that share a scale of a row, and those whose products are summed in 32 bits.
+inline constexpr int64_t kCodePartColumns = 512;
+inline constexpr int64_t kCodeRunColumns = 128;
+inline constexpr int64_t kCodePartRuns = kCodePartColumns / kCodeRunColumns;
+inline constexpr int64_t kCodeScaleBytes = kGroupRows * int64_t{sizeof(float)};  // of a part
+inline constexpr int64_t kCodePartBytes =
+    kCodeScaleBytes + kGroupRows * kCodePartColumns * int64_t{sizeof(int16_t)};
+
+// Scales for codes so large that neither one of them nor a sum of products leaves its bits:
+// |w . x| <= |w| |x|, and 46300 + sqrt(1024) / 2 squared is below 2^31.
+inline constexpr double kLargestCode = 32767, kLargestNorm = 46300;
+
 struct PackedLayout {
     // Bits of a code in the first plane, and in the second one above it (0: there is none).
     int low_bits, high_bits;

@@ -14,7 +14,8 @@ constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kMostAhead = 128 * 1024;
 constexpr int64_t kAskedTogether = 512;
 constexpr int64_t kAskedFirst = 8 * 1024;
-// A tile of prepared inputs stays in the second-level cache while weights stream past it.
+// A tile of prepared inputs stays in the second-level cache while weights stream past it: all of
+// it, or a part of the columns of I16, which are gone through one after the other.
 constexpr int64_t kTileBytes = 384 * 1024;
 // But weights are not read again for fewer tokens than this.
 constexpr int64_t kFewestTileTokens = 24;
@@ -74,9 +75,13 @@ inline int64_t chunk_groups(int64_t groups, int64_t most, int64_t tiles, int thr
 inline Tiling tile(int64_t tokens, const Matrix& weights, int64_t unit, const StepContext& step,
                    const Worker& worker) {
     const int64_t rows = weights.rows;
+    // Columns that are gone through together.
+    const int64_t columns = weights.type == WeightType::I16
+                                ? std::min(weights.columns, kCodePartColumns)
+                                : weights.columns;
     const int64_t panel = step.kernels.panel_tokens;
     const auto in_panels = [&](int64_t most) { return most < panel ? most : most / panel * panel; };
-    int64_t most = in_panels(std::max(kFewestTileTokens, kTileBytes / (weights.columns * 2)));
+    int64_t most = in_panels(std::max(kFewestTileTokens, kTileBytes / (columns * 2)));
     if (weights.type != WeightType::F16) {
         most = std::min(most, own_tokens(tokens, worker.threads(), panel));
     }
@@ -125,9 +130,10 @@ inline void prepare_input(const LinkedInput& input, const StepContext& step, int
         step.kernels.quantize_bytes(values, columns, panel, scratch.bytes + first,
                                     scratch.byte_scales + token);
     }
-    if (input.round) {
-        step.kernels.round_to_bfloat16(values, columns,
-                                       scratch.pairs + token * ceil_div(columns, 2));
+    if (input.quantize_runs) {
+        step.kernels.quantize_runs(values, columns, scratch.code_stride,
+                                   scratch.codes + token * kCodePartColumns,
+                                   scratch.code_scales + token * kCodePartRuns);
     }
 }
 
@@ -142,7 +148,9 @@ inline Activations view(const LinkedInput& input, const InputScratch& scratch, c
             scratch.scales + token * (columns / 32),
             scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32),
             scratch.bytes == nullptr ? nullptr : scratch.byte_scales + token,
-            scratch.pairs == nullptr ? nullptr : scratch.pairs + token * ceil_div(columns, 2)};
+            scratch.codes + token * kCodePartColumns,
+            scratch.code_scales + token * kCodePartRuns,
+            scratch.code_stride};
 }
 
 // Columns of inputs whose squares a thread sums at a time.
@@ -208,7 +216,7 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
             multiply);
         return;
     }
-    if (input.norm != nullptr || input.quantize || input.quantize_bytes || input.round) {
+    if (input.norm != nullptr || input.quantize || input.quantize_bytes || input.quantize_runs) {
         const int64_t group = token_chunk(tokens, worker.threads());
         worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
             const int64_t end = std::min(tokens, (chunk + 1) * group);

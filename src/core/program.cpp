@@ -73,13 +73,16 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
                      Scratch& scratch, std::map<std::string, Buffer>& buffers) {
     Layout layout(base);
     const bool fast = spec.activations == "fast";
+    const int64_t parts = (columns + kCodePartColumns - 1) / kCodePartColumns;
     const auto input = [&](int64_t tokens) {
         return InputScratch{layout.array<float>(tokens * columns),
                             layout.array<WordPiece>(tokens * (columns / 32 + 1)),
                             layout.array<WordScale>(tokens * (columns / 32 + 1)),
                             fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr,
                             fast ? layout.array<float>(tokens) : nullptr,
-                            fast ? layout.array<uint32_t>(tokens * (columns / 2 + 1)) : nullptr};
+                            layout.array<int16_t>(tokens * parts * kCodePartColumns),
+                            layout.array<float>(tokens * parts * kCodePartRuns),
+                            tokens};
     };
     for (const auto& [name, width] : spec.buffers) {
         buffers[name] = {layout.array<float>(d.max_step_tokens * width), width};
@@ -352,8 +355,8 @@ class Linker {
                           !stays_exact(operation().kind, field_name);
         if (!is_float(weights.type)) {
             (fast ? read_from.quantize_bytes : read_from.quantize) = true;
-        } else {
-            read_from.round |= fast;
+        } else if (weights.type == WeightType::I16) {
+            read_from.quantize_runs = true;
         }
         const bool has_bias =
             !bias_name.empty() && !std::holds_alternative<std::monostate>(value(bias_name));

@@ -41,10 +41,10 @@ void check(const FileRows& source, int64_t source_bytes) {
 }  // namespace
 
 Weight::Weight(const FileRows& source, int64_t source_bytes)
-    : source_(source), matrix_{source.type, source.rows, source.columns, nullptr} {
+    : source_(source), matrix_{source.packed_type(), source.rows, source.columns, nullptr} {
     check(source, source_bytes);
     packed_ = PooledMemory(
-        static_cast<size_t>(smolrun::packed_bytes(source.type, source.rows, source.columns)));
+        static_cast<size_t>(smolrun::packed_bytes(matrix_.type, source.rows, source.columns)));
     matrix_.data = packed_.data();
     // Chunks hold whole heads, whose rows change places, and whole groups of rows.
     const int64_t unit = std::lcm(std::max<int64_t>(1, source.interleaved_head_dim), kGroupRows);

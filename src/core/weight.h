@@ -31,6 +31,7 @@ class Weight {
     int64_t chunk_bytes(int64_t chunk) const;  // of the source
 
     const Matrix& matrix() const { return matrix_; }
+    WeightType source_type() const { return source_.type; }
     int64_t packed_bytes() const { return static_cast<int64_t>(packed_.bytes()); }
 
   private:

@@ -51,8 +51,8 @@ def ceilings(
 ) -> dict[str, list[float]]:
     """What this machine reaches at most with so many threads: one figure per sample.
 
-    `read`: bytes a second of a streaming read over read_bytes of memory. `f32`, `int16`, `int8`,
-    `bf16`: operations a second of multiply-and-add instructions, two each; those that the
+    `read`: bytes a second of a streaming read over read_bytes of memory. `f32`, `int16`, `int8`:
+    operations a second of multiply-and-add instructions, two each; those that the
     instruction set lacks are left out. ValueError for a number out of range.
     """
 
@@ -86,6 +86,7 @@ class Weight:
         interleaved_head_dim: int = 0,
         drop_source: bool = False,
         consume_source: bool = False,
+        as_codes: bool = False,
     ) -> None:
         """`data` [rows * row bytes], as in the file.
 
@@ -93,6 +94,7 @@ class Weight:
         are packed (and would be read again if touched). Memory that is no file's is left alone.
         consume_source: `data` is writable memory that nobody else reads; its pages are given back
         as they are packed, and its content is lost.
+        as_codes: F16 and BF16 are rounded to integer codes (src/core/blocks.h, I16).
         ValueError where `data` does not fit the shape, or blocks do not fill the columns.
         """
 
@@ -109,7 +111,9 @@ class Weight:
 class Packing:
     """Many weights, made ready by as many threads as call `work`."""
 
-    def __init__(self, sources: list[tuple[str, int, int, _Bytes, int, bool, bool]]) -> None:
+    def __init__(
+        self, sources: list[tuple[str, int, int, _Bytes, int, bool, bool]], as_codes: bool = False
+    ) -> None:
         """The arguments of each Weight, and its errors."""
 
     def work(self, chunks: int) -> bool:
@@ -155,8 +159,7 @@ class Runner:
     ) -> None:
         """Links the listing of a `Program`; inverse_frequencies [head_dim / 2].
 
-        activations: "exact", or "fast": inputs of most products with quantized weights in 8 bits,
-        and with BF16 weights in bfloat16 where the instruction set multiplies that.
+        activations: "exact", or "fast": inputs of most products with quantized weights in 8 bits.
 
         ValueError naming the operation and the field, buffer or weight that does not fit;
         MemoryError where the system refuses the cache.
@@ -235,9 +238,18 @@ class kernels:
 
     @staticmethod
     def pack(
-        type: str, rows: int, columns: int, data: _Bytes, interleaved_head_dim: int, out: _Bytes
+        type: str,
+        rows: int,
+        columns: int,
+        data: _Bytes,
+        interleaved_head_dim: int,
+        out: _Bytes,
+        as_codes: bool = False,
     ) -> None:
-        """Repacks the rows of a file, data [rows * row bytes], to out [packed_bytes]."""
+        """Repacks the rows of a file, data [rows * row bytes], to out [packed_bytes].
+
+        as_codes: F16 and BF16 to I16, of which packed_bytes, linear and dequantize know as well.
+        """
 
     @staticmethod
     def linear(
@@ -275,6 +287,14 @@ class kernels:
     @staticmethod
     def quantize_bytes(isa: str, x: _Floats, codes: _Int8, scales: _Floats, sums: _Int32) -> None:
         """x [n] rounded to codes [n], scales [n/16], sums [n/16]; n a multiple of 32."""
+
+    @staticmethod
+    def quantize_runs(isa: str, x: _Floats, codes: _Int16, scales: _Floats) -> None:
+        """x [n] rounded to codes [n] and scales [ceil(n/128)], as products of I16 take them."""
+
+    @staticmethod
+    def encode(isa: str, type: str, weights: _Bytes, codes: _Int16) -> float:
+        """Up to 512 weights of F16 or BF16 to codes of I16, an even number of them; their scale."""
 
     @staticmethod
     def rms_norm(isa: str, x: _Floats, weight: _Floats, epsilon: float, out: _Floats) -> None:

@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from smolrun.quant.types import WeightType
-from tests.kernels.helpers import Weights, columns_of, kernels, random_inputs, random_weights
+from tests.kernels.helpers import (
+    Weights,
+    columns_of,
+    kernels,
+    pack,
+    random_inputs,
+    random_weights,
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -86,6 +93,31 @@ def run_weights(isa: str, weight_type: WeightType, guard: Guarded) -> None:
             guard.free()
 
 
+def run_codes(isa: str, guard: Guarded) -> None:
+    for weight_type in (WeightType.F16, WeightType.BF16):
+        for columns in (1, 7, 31, 130, 513, 700):
+            for rows in (1, 16, 17):
+                name, x = weight_type.value, random_inputs(13, columns)
+                source = random_weights(weight_type, rows, columns).reshape(-1)
+                plain = pack(weight_type, columns, source, as_codes=True)
+                packed = guard.like(np.zeros_like(plain))
+                kernels.pack(name, rows, columns, guard.like(source), 0, packed, True)
+                same(packed, plain)
+                values = guard.like(np.zeros(columns, dtype=np.float32))
+                kernels.dequantize(isa, "I16", rows, columns, packed, rows - 1, values)
+                for tokens in (1, 2, 3, 5, 13):
+                    out = guard.like(np.zeros((tokens, rows), dtype=np.float32))
+                    some = guard.like(x[:tokens])
+                    kernels.linear(isa, "I16", rows, columns, packed, some, 0, rows, out)
+                    expected = np.zeros_like(out)
+                    kernels.linear(isa, "I16", rows, columns, plain, x[:tokens], 0, rows, expected)
+                    same(out, expected)
+                count = min(columns, 512)
+                codes = guard.like(np.zeros(count + count % 2, dtype=np.int16))
+                kernels.encode(isa, name, guard.like(source[: 2 * count]), codes)
+                guard.free()
+
+
 def run_vectors(isa: str, guard: Guarded) -> None:
     for columns in (1, 3, 8, 15, 17, 32, 33, 96, 100, 576):
         a, b = random_inputs(2, columns)
@@ -141,6 +173,8 @@ def main(isa: str) -> None:
         for weight_type in WeightType:
             print(f"{weight_type.value}, at_end={at_end}", flush=True)
             run_weights(isa, weight_type, guard)
+        print(f"codes, at_end={at_end}", flush=True)
+        run_codes(isa, guard)
         print(f"vectors, at_end={at_end}", flush=True)
         run_vectors(isa, guard)
         print(f"heads, at_end={at_end}", flush=True)

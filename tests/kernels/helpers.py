@@ -99,13 +99,19 @@ def random_weights(weight_type: WeightType, rows: int, columns: int, seed: int =
 
 
 def pack(
-    weight_type: WeightType, columns: int, data: Bytes, interleaved_head_dim: int = 0
+    weight_type: WeightType,
+    columns: int,
+    data: Bytes,
+    interleaved_head_dim: int = 0,
+    *,
+    as_codes: bool = False,
 ) -> Bytes:
     """The layout of the kernels, at an address as it has in a model."""
+    name = weight_type.value
     rows = data.size // weight_type.row_bytes(columns)
-    out = aligned(kernels.packed_bytes(weight_type.value, rows, columns))
+    out = aligned(kernels.packed_bytes("I16" if as_codes else name, rows, columns))
     out[:] = 0xAA
-    kernels.pack(weight_type.value, rows, columns, data.reshape(-1), interleaved_head_dim, out)
+    kernels.pack(name, rows, columns, data.reshape(-1), interleaved_head_dim, out, as_codes)
     return out
 
 
@@ -114,6 +120,7 @@ class Weights:
 
     def __init__(self, weight_type: WeightType, columns: int, data: Bytes) -> None:
         self.type = weight_type
+        self.name = weight_type.value  # to the kernels
         self.columns = columns
         self.rows = data.size // weight_type.row_bytes(columns)
         self.packed = pack(weight_type, columns, data)
@@ -138,7 +145,7 @@ class Weights:
         out = np.full((x.shape[0], row_end - row_begin), np.nan, dtype=np.float32)
         kernels.linear(
             isa,
-            self.type.value,
+            self.name,
             self.rows,
             self.columns,
             self.packed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from smolrun.measure.ceilings import CeilingMeter, Ceilings
 from smolrun.measure.samples import Samples
 
-RATES = {"read": 10e9, "f32": 100e9, "int16": 200e9, "int8": 400e9, "bf16": 200e9}
+RATES = {"read": 10e9, "f32": 100e9, "int16": 200e9, "int8": 400e9}
 
 
 def ceilings(*without: str) -> Ceilings:

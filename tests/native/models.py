@@ -80,6 +80,7 @@ class Model:
     program: Program
     native: dict[str, _core.Weight | Floats] = field(default_factory=dict)
     values: dict[str, Floats] = field(default_factory=dict)
+    codes: dict[str, _core.Weight] = field(default_factory=dict)  # for fast activations
 
     @classmethod
     def random(cls, config: ModelConfig, types: Sequence[WeightType], seed: int = 0) -> Model:
@@ -97,6 +98,10 @@ class Model:
             data = random_blocks(random, weight_type, *shape)
             model.native[name] = _core.Weight(weight_type.value, shape[0], shape[1], data)
             model.values[name] = dequantize(data, weight_type, shape[1])
+            if weight_type in (WeightType.F16, WeightType.BF16):
+                model.codes[name] = _core.Weight(
+                    weight_type.value, shape[0], shape[1], data, as_codes=True
+                )
         return model
 
     def runner(
@@ -110,7 +115,7 @@ class Model:
     ) -> _core.Runner:
         return build_runner(
             self.program,
-            self.native,
+            {**self.native, **(self.codes if activations == "fast" else {})},
             kv_blocks=kv_blocks,
             threads=threads,
             isa=isa,

@@ -13,8 +13,7 @@ MEBIBYTE = 1 << 20
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_instruction_set_has_its_ceilings(isa: str, threads: int) -> None:
     found = _core.ceilings(isa, threads, samples=3, read_bytes=4 * MEBIBYTE)
-    expected = ["read", "f32", "int16", "int8"] + (["bf16"] if isa == "avx512" else [])
-    assert list(found) == expected
+    assert list(found) == ["read", "f32", "int16", "int8"]
     assert all(len(rates) == 3 for rates in found.values())
     # No CPU runs a loop of less than an operation in ten nanoseconds, or ten million in one.
     assert all(1e8 < rate < 1e16 for rates in found.values() for rate in rates)

@@ -30,7 +30,7 @@ MIX = (WeightType.Q4_K, WeightType.Q5_0, WeightType.Q8_0, WeightType.Q6_K, Weigh
 
 
 def bound(*types: WeightType) -> float:
-    """F32 and F16 read the weights exactly; BF16 kernels may round their inputs to bfloat16 too."""
+    """What docs/architecture.md promises."""
     return 5e-5 if WeightType.BF16 in types else 1e-6
 
 
@@ -50,15 +50,16 @@ def test_every_type_agrees_with_the_reference(weight_type: WeightType, isa: str)
 
 
 @pytest.mark.parametrize("isa", _core.isas())
-@pytest.mark.parametrize("weight_type", [t for t in WeightType if not t.is_float])
+@pytest.mark.parametrize("weight_type", WeightType)
 def test_fast_activations_stay_near_the_reference(weight_type: WeightType, isa: str) -> None:
     config = small_config()
     model = Model.random(config, [weight_type])
     tokens = random_tokens(config, 70)
     expected = model.reference().forward(tokens[None])[0]
     runner = model.runner(isa=isa, threads=2, activations="fast")
-    # Rounding to 8 bits, a scale for each 16, leaves 2e-5 in each product.
-    assert nmse(run_sequence(runner, config, tokens, blocks_for(70), 64), expected) <= 5e-4
+    # Rounding to 8 bits, a scale for each 16, leaves 2e-5 in each product; codes of 16 bits 1e-8.
+    limit = 1e-6 if weight_type.is_float else 5e-4
+    assert nmse(run_sequence(runner, config, tokens, blocks_for(70), 64), expected) <= limit
 
 
 def test_which_inputs_fast_activations_round_to_8_bits() -> None:

@@ -59,7 +59,6 @@ const Probes kAvx2Probes = {
     .f32 = {2 * 8 * kSums, multiply_f32},
     .int16 = {2 * 16 * kSums, dot_int16},
     .int8 = {2 * 32 * kSums, dot_int8},
-    .bf16 = {0, nullptr},
 };
 
 }  // namespace smolrun

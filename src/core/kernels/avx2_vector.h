@@ -35,6 +35,7 @@ constexpr bool kTopmostBits = false;
 constexpr bool kExtendedNear = false;
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 6;
+constexpr int kCodeTileTokens = 4;  // products wait in a register before they are added
 constexpr int kFewFloatTokens = 3;
 constexpr int kConvertedF16Tokens = 0;
 constexpr int kConvertedBf16Tokens = 24;

@@ -44,12 +44,6 @@ void dot_int8(int64_t rounds) {
     accumulate(a, rounds, [&](__m512i sum) { return _mm512_dpbusd_epi32(sum, a, a); });
 }
 
-void dot_bf16(int64_t rounds) {
-    const __m512 ones = _mm512_set1_ps(1.0f);
-    const __m512bh a = _mm512_cvtne2ps_pbh(opaque(ones), opaque(ones));
-    accumulate(ones, rounds, [&](__m512 sum) { return _mm512_dpbf16_ps(sum, a, a); });
-}
-
 }  // namespace
 
 const Probes kAvx512Probes = {
@@ -58,7 +52,6 @@ const Probes kAvx512Probes = {
     .f32 = {2 * 16 * kSums, multiply_f32},
     .int16 = {2 * 32 * kSums, dot_int16},
     .int8 = {2 * 64 * kSums, dot_int8},
-    .bf16 = {2 * 32 * kSums, dot_bf16},
 };
 
 }  // namespace smolrun

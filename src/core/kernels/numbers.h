@@ -50,4 +50,12 @@ static inline uint16_t half_from_float(float value) {
     return static_cast<uint16_t>(sign | rounded >> 13);
 }
 
+// The least power of two from 2^-126 up that is no less than x, which is far below 2^127.
+static inline float power_of_two_above(double x) {
+    // Any bit of the fraction carries into the exponent, which is as it is of a power of two.
+    const int64_t carry = (int64_t{1} << 52) - 1;
+    const auto exponent = static_cast<int>((std::bit_cast<int64_t>(x) + carry) >> 52) - 1023;
+    return std::bit_cast<float>((exponent > -126 ? exponent + 127 : 1) << 23);
+}
+
 }  // namespace smolrun

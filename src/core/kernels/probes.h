@@ -9,8 +9,8 @@ namespace smolrun {
 
 // Multiplications and additions on registers alone.
 struct ComputeProbe {
-    int64_t operations;           // of one round; a multiplication and an addition are two
-    void (*run)(int64_t rounds);  // null where the instruction set has no such instruction
+    int64_t operations;  // of one round; a multiplication and an addition are two
+    void (*run)(int64_t rounds);
 };
 
 struct Probes {
@@ -20,7 +20,6 @@ struct Probes {
     ComputeProbe f32;    // float32 times float32, added to float32
     ComputeProbe int16;  // pairs of int16 products, added to int32
     ComputeProbe int8;   // fours of uint8 * int8 products, added to int32
-    ComputeProbe bf16;   // pairs of bfloat16 products, added to float32
 };
 
 extern const Probes kScalarProbes;

@@ -263,6 +263,7 @@ constexpr Quantize quantize_of(WeightType type) {
             return quantize_affine<Q4_K, PackQ4K, 32, 15, 8, 63, 1>;
         case Q5_K:
             return quantize_affine<Q5_K, PackQ5K, 32, 31, 8, 63, 1>;
+        case I16:
         case count:
             break;
     }

@@ -168,9 +168,50 @@ Rounding rounding_for_dot(const float* x, int64_t head_dim) {
     if (by_largest.inverse == 0) return by_largest;
     double squares = 0;
     for (int64_t i = 0; i < head_dim; ++i) squares += double{x[i]} * double{x[i]};
-    const double scale = std::sqrt(squares) / 46300;
+    const double scale = std::sqrt(squares) / kLargestNorm;
     if (scale <= double{by_largest.scale}) return by_largest;
     return {static_cast<float>(scale), static_cast<float>(1 / scale)};
+}
+
+void quantize_runs(const float* x, int64_t columns, int64_t stride, int16_t* codes, float* scales) {
+    for (int64_t column = 0; column < columns; column += kCodeRunColumns) {
+        const int64_t part = column / kCodePartColumns * stride;
+        const int64_t in_part = column % kCodePartColumns;
+        const int64_t count = std::min(kCodeRunColumns, columns - column);
+        const Rounding with = rounding_for_dot(x + column, count);
+        scales[part * kCodePartRuns + in_part / kCodeRunColumns] = with.scale;
+        int16_t* const to = codes + part * kCodePartColumns + in_part;
+        for (int64_t i = 0; i < count; ++i) to[i] = rounded<int16_t>(x[column + i], with);
+        if (count % 2 != 0) to[count] = 0;
+    }
+}
+
+template <WeightType type>
+float encode(const std::byte* weights, int64_t count, int16_t* codes) {
+    float values[kCodePartColumns];
+    float largest = 0;
+    double most_squares = 0;  // of a run
+    bool finite = true;
+    for (int64_t run = 0; run < count; run += kCodeRunColumns) {
+        double squares = 0;
+        for (int64_t i = run; i < std::min(count, run + kCodeRunColumns); ++i) {
+            const auto bits = load<uint16_t>(weights + 2 * i);
+            values[i] = type == WeightType::F16 ? float_from_half(bits) : float_from_bfloat16(bits);
+            finite = finite && std::isfinite(values[i]);
+            largest = std::max(largest, std::abs(values[i]));
+            squares += double{values[i]} * double{values[i]};
+        }
+        most_squares = std::max(most_squares, squares);
+    }
+    Rounding with{std::numeric_limits<float>::quiet_NaN(), 0};
+    if (finite) {
+        with.scale = power_of_two_above(
+            std::max(double{largest} / kLargestCode, std::sqrt(most_squares) / kLargestNorm));
+        with.inverse = 1 / with.scale;
+    }
+    for (int64_t i = 0; i < count; ++i) codes[i] = rounded<int16_t>(values[i], with);
+    if (count % 2 != 0) codes[count] = 0;
+    return with.scale;
 }
 
 void store_kv(const float* k, const float* v, int64_t head_dim, int64_t slot, int16_t* k_block,
@@ -300,7 +341,9 @@ const Kernels kScalarKernels = {
 #undef X
     .quantize = quantize,
     .quantize_bytes = quantize_bytes,
-    .round_to_bfloat16 = nullptr,
+    .quantize_runs = quantize_runs,
+    .encode_f16 = encode<WeightType::F16>,
+    .encode_bf16 = encode<WeightType::BF16>,
     .rms_norm = rms_norm,
     .rope = rope,
     .swiglu = swiglu,

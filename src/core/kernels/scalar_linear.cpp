@@ -252,6 +252,12 @@ inline float read_weight(const std::byte* group, int64_t column, int64_t row) {
         return load<float>(group + 4 * (column * kRows + row));
     } else if constexpr (type == WeightType::F16) {
         return float_from_half(load<uint16_t>(group + 2 * (column * kRows + row)));
+    } else if constexpr (type == WeightType::I16) {
+        const std::byte* part = group + column / kCodePartColumns * kCodePartBytes;
+        const std::byte* pair =
+            part + kCodeScaleBytes + 4 * (column % kCodePartColumns / 2 * kRows + row);
+        return load<float>(part + 4 * row) *
+               static_cast<float>(load<int16_t>(pair + 2 * (column % 2)));
     } else {
         const std::byte* pair = group + 4 * (column / 2 * kRows + row);
         return float_from_bfloat16(load<uint16_t>(pair + 2 * (column % 2)));
@@ -297,13 +303,53 @@ void float_linear(const Matrix& weights, const Activations& input, int64_t token
     }
 }
 
+// Adds the products of a run of one group to the totals of its rows. `pairs` and `scales` are of
+// the weights, [pairs][16][2] and [16].
+void add_run(const std::byte* pairs, const std::byte* scales, const int16_t* codes, int64_t columns,
+             float scale, float (&totals)[kRows]) {
+    int32_t dots[kRows] = {};
+    for (int64_t i = 0; i < columns; ++i) {
+        const std::byte* at = pairs + i / 2 * 4 * kRows + i % 2 * 2;
+        for (int row = 0; row < kRows; ++row) {
+            dots[row] += int32_t{load<int16_t>(at + 4 * row)} * int32_t{codes[i]};
+        }
+    }
+    for (int row = 0; row < kRows; ++row) {
+        totals[row] += load<float>(scales + 4 * row) * scale * static_cast<float>(dots[row]);
+    }
+}
+
+void code_linear(const Matrix& weights, const Activations& input, int64_t tokens, int64_t row_begin,
+                 int64_t row_end, float* out, int64_t out_stride, std::byte*) {
+    const int64_t columns = weights.columns;
+    for (int64_t row = row_begin; row < row_end; row += kRows) {
+        const std::byte* group = weights.data + row / kRows * group_bytes(WeightType::I16, columns);
+        for (int64_t token = 0; token < tokens; ++token) {
+            float totals[kRows] = {};
+            for (int64_t begin = 0; begin < columns; begin += kCodeRunColumns) {
+                const int64_t part = begin / kCodePartColumns, in_part = begin % kCodePartColumns;
+                const int64_t at = part * input.code_stride + token;
+                const std::byte* scales = group + part * kCodePartBytes;
+                add_run(scales + kCodeScaleBytes + in_part / 2 * 4 * kRows, scales,
+                        input.codes + at * kCodePartColumns + in_part,
+                        std::min(kCodeRunColumns, columns - begin),
+                        input.code_scales[at * kCodePartRuns + in_part / kCodeRunColumns], totals);
+            }
+            std::copy_n(totals, std::min<int64_t>(kRows, row_end - row),
+                        out + token * out_stride + row - row_begin);
+        }
+    }
+}
+
 }  // namespace
 
 Kernels::Linear linear(WeightType type) {
     switch (type) {
 #define X(name, weights, bytes)                               \
     case WeightType::name:                                    \
-        if constexpr (is_float(WeightType::name)) {           \
+        if constexpr (WeightType::name == WeightType::I16) {  \
+            return code_linear;                               \
+        } else if constexpr (is_float(WeightType::name)) {    \
             return float_linear<WeightType::name>;            \
         } else {                                              \
             return quantized_linear<WeightType::name, false>; \

@@ -61,7 +61,6 @@ const Probes kScalarProbes = {
     .f32 = {2 * kSums, multiply_f32},
     .int16 = {2 * kSums, multiply_integers<int16_t>},
     .int8 = {2 * kSums, multiply_integers<int8_t>},
-    .bf16 = {0, nullptr},
 };
 
 }  // namespace smolrun

@@ -1,4 +1,5 @@
-// Products of F32, F16 and BF16 weights: a lane owns a row of a group (blocks.h).
+// Products of F32, F16 and BF16 weights, and the tiles of I16: a lane owns a row of a group
+// (blocks.h).
 //
 // A (token, row) has one sum for each part of the columns (kFloatPartColumns), to which products
 // are added in the order of the columns, and a total of these sums. Tiles only decide what shares a
@@ -17,6 +18,11 @@ namespace {
 // `parts`, each of one input of four bytes.
 template <WeightType type>
 struct FloatProduct {
+    using Sum = Floats;
+    static constexpr int tile_tokens = kFloatTileTokens;
+    // Steps in a sum, of which a part has one here; scales of its inputs.
+    static constexpr int64_t run_steps = kFloatPartColumns;
+    static constexpr int64_t scales = 0;
     static constexpr int step_columns = type == WeightType::BF16 ? 2 : 1;
     static constexpr int64_t step_bytes = kGroupRows * step_columns * layout(type).bytes;
     static constexpr int parts = step_columns;
@@ -37,31 +43,31 @@ struct FloatProduct {
     SMOLRUN_INLINE static Floats input(const std::byte* at) {
         return broadcast(*reinterpret_cast<const float*>(at));
     }
-    SMOLRUN_INLINE static Floats add(Floats weights, Floats input, Floats total) {
-        return fma(weights, input, total);
+    SMOLRUN_INLINE static Sum zero() { return broadcast(0.0f); }
+    SMOLRUN_INLINE static Sum add(Floats weights, Floats input, Sum sum) {
+        return fma(weights, input, sum);
     }
+    // What a sum counts.
+    SMOLRUN_INLINE static Floats value(Sum sum, const std::byte*, int, const float*) { return sum; }
 };
 
 // Some columns of some groups of rows, for some tokens.
 struct FloatPart {
-    const std::byte* weights;  // of the first group, from the first column on
-    int64_t group_bytes;       // from one group to the next
-    const std::byte* inputs;   // of the first token, from the first column on
-    int64_t input_bytes;       // from one token to the next
-    int64_t input_count;       // of four bytes
-    int64_t rows;              // how many there are
-    bool first;                // else what is in `out` is added to
-    float* out;                // [tokens][out_stride]
+    const std::byte* weights;   // of the first group, from the first column on
+    int64_t group_bytes;        // from one group to the next
+    const std::byte* inputs;    // of the first token, from the first column on
+    int64_t input_bytes;        // from one token to the next
+    int64_t input_count;        // of four bytes
+    const float* input_scales;  // [tokens][Product::scales]
+    int64_t rows;               // how many there are
+    bool first;                 // else what is in `out` is added to
+    float* out;                 // [tokens][out_stride]
     int64_t out_stride;
 };
 
 template <class Product, int vectors, int tokens>
 void multiply_float_tile(const FloatPart& part) {
     constexpr int parts = Product::parts;
-    Floats totals[tokens][vectors];
-    for (auto& of_token : totals) {
-        for (Floats& total : of_token) total = broadcast(0.0f);
-    }
     const std::byte* weights[vectors];
     for (int v = 0; v < vectors; ++v) {
         weights[v] = part.weights + v / kGroupVectors * part.group_bytes;
@@ -69,31 +75,49 @@ void multiply_float_tile(const FloatPart& part) {
     // Every third token has a pointer, from which addresses reach the next two.
     const std::byte* inputs[(tokens + 2) / 3];
     for (int t = 0; t < tokens; t += 3) inputs[t / 3] = part.inputs + t * part.input_bytes;
-    const auto multiply = [&]<int i>(int64_t step) SMOLRUN_INLINE_LAMBDA {
-        decltype(Product::template weights<i>(nullptr, 0)) w[vectors];
-        for (int v = 0; v < vectors; ++v) {
-            w[v] = Product::template weights<i>(weights[v] + step * Product::step_bytes,
-                                                v % kGroupVectors * kLanes);
-        }
-        for (int t = 0; t < tokens; ++t) {
-            const std::byte* const of_token = inputs[t / 3] + t % 3 * part.input_bytes;
-            const auto x = Product::input(of_token + 4 * (step * parts + i));
-            for (int v = 0; v < vectors; ++v) totals[t][v] = Product::add(w[v], x, totals[t][v]);
-        }
-    };
     const int64_t steps = part.input_count / parts;
+    int64_t step = 0;
+    for (int run = 0; run == 0 || step < steps; ++run) {
+        typename Product::Sum sums[tokens][vectors];
+#pragma GCC unroll 16
+        for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
-    for (int64_t step = 0; step < steps; ++step) {
-        multiply.template operator()<0>(step);
-        if constexpr (parts == 2) multiply.template operator()<1>(step);
-    }
-    if (steps * parts < part.input_count) multiply.template operator()<0>(steps);
-    for (int t = 0; t < tokens; ++t) {
-        for (int v = 0; v < vectors && v * kLanes < part.rows; ++v) {
-            const int64_t lanes = smaller(kLanes, part.rows - v * kLanes);
-            float* const to = part.out + t * part.out_stride + v * kLanes;
-            store_up_to(to, part.first ? totals[t][v] : add(load_up_to(to, lanes), totals[t][v]),
-                        lanes);
+            for (int v = 0; v < vectors; ++v) sums[t][v] = Product::zero();
+        }
+        const auto multiply = [&]<int i>(int64_t at) SMOLRUN_INLINE_LAMBDA {
+            decltype(Product::template weights<i>(nullptr, 0)) w[vectors];
+            for (int v = 0; v < vectors; ++v) {
+                w[v] = Product::template weights<i>(weights[v] + at * Product::step_bytes,
+                                                    v % kGroupVectors * kLanes);
+            }
+#pragma GCC unroll 16
+            for (int t = 0; t < tokens; ++t) {
+                const std::byte* const of_token = inputs[t / 3] + t % 3 * part.input_bytes;
+                const auto x = Product::input(of_token + 4 * (at * parts + i));
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; ++v) sums[t][v] = Product::add(w[v], x, sums[t][v]);
+            }
+        };
+        const int64_t end = smaller(steps, step + Product::run_steps);
+#pragma GCC unroll 4
+        for (; step < end; ++step) {
+            multiply.template operator()<0>(step);
+            if constexpr (parts == 2) multiply.template operator()<1>(step);
+        }
+        if (steps * parts < part.input_count) multiply.template operator()<0>(steps);
+#pragma GCC unroll 16
+        for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) {
+                const int64_t lanes = smaller(kLanes, part.rows - v * kLanes);
+                if (lanes <= 0) break;
+                float* const to = part.out + t * part.out_stride + v * kLanes;
+                const Floats value =
+                    Product::value(sums[t][v], weights[v], v % kGroupVectors * kLanes,
+                                   part.input_scales + t * Product::scales + run);
+                const bool first = part.first && run == 0;
+                store_up_to(to, first ? value : add(load_up_to(to, lanes), value), lanes);
+            }
         }
     }
 }
@@ -104,6 +128,7 @@ void multiply_float_tokens(FloatPart part, int64_t count) {
     for (; count >= tokens; count -= tokens) {
         multiply_float_tile<Product, vectors, tokens>(part);
         part.inputs += tokens * part.input_bytes;
+        part.input_scales += tokens * Product::scales;
         part.out += tokens * part.out_stride;
     }
     if constexpr (tokens > 1) {
@@ -116,17 +141,19 @@ void multiply_float_tokens(FloatPart part, int64_t count) {
 template <class Product>
 void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
     const FloatPart start = part;
-    for (int64_t token = 0; token < tokens; token += kFloatTileTokens) {
-        const int64_t count = smaller(kFloatTileTokens, tokens - token);
+    constexpr int tile_tokens = Product::tile_tokens;
+    for (int64_t token = 0; token < tokens; token += tile_tokens) {
+        const int64_t count = smaller(tile_tokens, tokens - token);
         part.inputs = start.inputs + token * start.input_bytes;
+        part.input_scales = start.input_scales + token * Product::scales;
         for (int64_t row = 0; row < rows; row += kTileVectors * kLanes) {
             part.weights = start.weights + row / kGroupRows * start.group_bytes;
             part.rows = rows - row;
             part.out = start.out + token * start.out_stride + row;
             if (kGroupVectors < kTileVectors && part.rows <= kGroupRows) {
-                multiply_float_tokens<Product, kGroupVectors, kFloatTileTokens>(part, count);
+                multiply_float_tokens<Product, kGroupVectors, tile_tokens>(part, count);
             } else {
-                multiply_float_tokens<Product, kTileVectors, kFloatTileTokens>(part, count);
+                multiply_float_tokens<Product, kTileVectors, tile_tokens>(part, count);
             }
         }
     }

@@ -4,14 +4,15 @@
 #include "kernels.h"
 #include "kernels/simd_common.h"
 #include "kernels/simd_vectors.h"
+#include "packed.h"
 
 namespace smolrun {
 namespace {
 
-// Rounding of a vector of q or k, so that neither a code nor a sum of products of two such vectors
-// leaves its bits: |q . k| <= |q| |k|, and 46300 + sqrt(1024) / 2 squared is below 2^31.
+// Rounding of a vector of q or k, or of the inputs of a run, so that neither a code nor a sum of
+// products of two such vectors leaves its bits.
 SMOLRUN_INLINE Rounding rounding_for_dot(const float* x, int64_t head_dim) {
-    constexpr double largest_norm = 46300;
+    constexpr double largest_norm = kLargestNorm;
     Words magnitudes = zero_words();
     Doubles squares{};
     each_vector(head_dim, [&](int64_t i, int64_t count) SMOLRUN_INLINE_LAMBDA {

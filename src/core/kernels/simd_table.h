@@ -4,6 +4,7 @@
 #include "kernels/simd_attention.h"
 #include "kernels/simd_byte_inputs.h"
 #include "kernels/simd_bytes.h"
+#include "kernels/simd_codes.h"
 #include "kernels/simd_floats.h"
 #include "kernels/simd_kv.h"
 #include "kernels/simd_quantized.h"
@@ -14,7 +15,9 @@ namespace {
 
 template <WeightType type>
 constexpr Kernels::Linear linear() {
-    if constexpr (is_float(type)) {
+    if constexpr (type == WeightType::I16) {
+        return multiply_codes;
+    } else if constexpr (is_float(type)) {
         return multiply_floats<type>;
     } else {
         return multiply_quantized<type>;
@@ -32,7 +35,9 @@ constexpr Kernels::Linear fast_linear() {
 
 template <WeightType type>
 constexpr Kernels::Dequantize dequantize() {
-    if constexpr (is_float(type)) {
+    if constexpr (type == WeightType::I16) {
+        return read_code_row;
+    } else if constexpr (is_float(type)) {
         return read_row<type>;
     } else {
         return dequantize_row<type>;
@@ -51,7 +56,9 @@ consteval Kernels table(const char* name) {
 #undef X
         .quantize = quantize,
         .quantize_bytes = quantize_bytes,
-        .round_to_bfloat16 = nullptr,
+        .quantize_runs = quantize_runs,
+        .encode_f16 = encode<WeightType::F16>,
+        .encode_bf16 = encode<WeightType::BF16>,
         .rms_norm = rms_norm,
         .rope = rope,
         .swiglu = swiglu,

@@ -65,9 +65,9 @@ class Model(Reader):
         threads: default: as many as the CPUs, their cores and the cgroup allow.
         isa: instruction set, "scalar", "avx2" or "avx512"; default: the fastest there is.
         activations: what the inputs of products are rounded to: "fast", mostly 8 bits where
-            weights are quantized, and bfloat16 where they are BF16 and the CPU multiplies that,
-            which adds a third of the divergence that is usual elsewhere; or "exact", 16 bits and
-            float32, which adds next to none and takes prompts in more slowly.
+            weights are quantized, and 16 bits where they are F16 or BF16, which adds a third of
+            the divergence that is usual elsewhere; or "exact", 16 bits and float32, which adds
+            next to none and takes prompts in more slowly.
         max_sequences: requests that run side by side; more wait their turn.
         download_progress: called with what is fetched, the bytes done, and those in all or None.
         load_progress: called with the bytes of weights made ready, and those in all.

@@ -120,8 +120,8 @@ def add_activations(parser: Parser) -> None:
     """How inputs of products are rounded."""
     parser.flag(
         "--activations", choices=("fast", "exact"), default="fast",
-        help="inputs of quantized weights mostly in 8 bits, of BF16 in bfloat16; or in 16 bits and "
-        "float32: slower, more faithful; default: fast",
+        help="inputs of quantized weights mostly in 8 bits, of F16 and BF16 in 16; or in 16 bits "
+        "and float32: slower, more faithful; default: fast",
     )  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def load_model(
     checkpoint = open_checkpoint(path, dtype)
     try:
         plan = _planned(checkpoint.config, checkpoint.tensors, context_size, threads, max_sequences)
-        with WeightLoading.from_file(checkpoint, plan.program, plan.threads.value) as loading:
+        with WeightLoading.from_file(
+            checkpoint, plan.program, plan.threads.value, as_codes=activations == "fast"
+        ) as loading:
             tokenizer = template = None
             if checkpoint.tokenizer is not None:
                 tokenizer = Tokenizer(checkpoint.tokenizer, plan.config.vocab_size)
@@ -145,7 +147,9 @@ def load_config(
     _check_choice("activations", activations, get_args(Activations))
     plan = _planned(config, tensors, context_size, threads, max_sequences, in_memory=True)
     plan.program.check(tensors)
-    with WeightLoading.from_memory(tensors, plan.program, plan.threads.value) as loading:
+    with WeightLoading.from_memory(
+        tensors, plan.program, plan.threads.value, as_codes=activations == "fast"
+    ) as loading:
         weights = loading.finish()
     return LoadedModel(
         name=config.model_type,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 32  # tokens in a block of the KV cache
 
 # What the inputs of products are rounded to. With quantized weights: 16 bits everywhere, or 8 bits
-# but for the products where that costs most. With BF16 weights: nothing, or bfloat16 but for the
-# same products, where the instruction set multiplies that (docs/decisions.md).
+# but for the products where that costs most. With F16 and BF16 weights: nothing, or 16 bits, to
+# which these weights are rounded as well (docs/decisions.md).
 Activations = Literal["exact", "fast"]
 DEFAULT_ACTIVATIONS: Activations = "fast"
 

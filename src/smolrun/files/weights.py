@@ -32,6 +32,9 @@ class WeightLoading:
     file's own. The memory of what is packed is given back meanwhile, so that there are never two
     copies: the peak is the size of the weights and a few megabytes.
 
+    With `as_codes`, F16 and BF16 are rounded to integers, as products with fast activations want
+    them: within 2^-12 of the largest of 512 neighbours in a row.
+
     All but one of `threads` begin at once, and the caller's thread joins them in `finish`: between
     the two, it can build a tokenizer. Leaving the `with` block ends what is still under way; the
     checkpoint may be closed afterwards.
@@ -44,6 +47,7 @@ class WeightLoading:
         threads: int,
         file_of: Callable[[Tensor], MappedFile | None],
         consumed: Mapping[str, Tensor],
+        as_codes: bool,
     ) -> None:
         tensors = {**tensors, **consumed}
         self._matrices = [name for name, shape in program.weights.items() if len(shape) > 1]
@@ -57,7 +61,8 @@ class WeightLoading:
             [
                 _source(tensors[name], file_of(tensors[name]), name in consumed)
                 for name in self._matrices
-            ]
+            ],
+            as_codes,
         )
         self._helpers: list[threading.Thread] = []
         with contextlib.suppress(RuntimeError):  # of helpers that the system refuses: do without
@@ -67,21 +72,28 @@ class WeightLoading:
                 self._helpers.append(helper)
 
     @classmethod
-    def from_file(cls, checkpoint: Checkpoint, program: Program, threads: int) -> WeightLoading:
+    def from_file(
+        cls, checkpoint: Checkpoint, program: Program, threads: int, *, as_codes: bool = False
+    ) -> WeightLoading:
         """Begin with the weights of a checkpoint. Converted matrices are taken out of it."""
         converted = {
             name: checkpoint.tensors.pop(name)
             for name, shape in program.weights.items()
             if len(shape) > 1 and checkpoint.file_of(checkpoint.tensors[name]) is None
         }
-        return cls(checkpoint.tensors, program, threads, checkpoint.file_of, converted)
+        return cls(checkpoint.tensors, program, threads, checkpoint.file_of, converted, as_codes)
 
     @classmethod
     def from_memory(
-        cls, tensors: Mapping[str, Tensor], program: Program, threads: int
+        cls,
+        tensors: Mapping[str, Tensor],
+        program: Program,
+        threads: int,
+        *,
+        as_codes: bool = False,
     ) -> WeightLoading:
         """Begin with tensors that lie in no file, such as random ones."""
-        return cls(tensors, program, threads, lambda tensor: None, {})
+        return cls(tensors, program, threads, lambda tensor: None, {}, as_codes)
 
     def finish(self, progress: Progress | None = None) -> NativeWeights:
         """Pack what is left, and return the weights by canonical name."""

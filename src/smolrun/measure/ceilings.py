@@ -13,7 +13,6 @@ NAMES = {
     "f32": "float32 multiply-add",
     "int16": "int16 dot product",
     "int8": "int8 dot product",
-    "bf16": "bfloat16 dot product",
 }
 
 

@@ -129,8 +129,7 @@ def _rounds_activations(path: Path) -> bool:
     """Whether a file holds weights that have a fast product of their own."""
     checkpoint = open_checkpoint(path)
     try:
-        exact = (WeightType.F32, WeightType.F16)
-        return any(tensor.type not in exact for tensor in checkpoint.tensors.values())
+        return any(tensor.type is not WeightType.F32 for tensor in checkpoint.tensors.values())
     finally:
         checkpoint.close()
 

@@ -88,15 +88,16 @@ def total(parts: Iterable[Work]) -> Work:
     return sum(parts, Work())
 
 
-def arithmetic_of(weight_type: WeightType, activation_bits: int) -> str:
-    """The fastest arithmetic that a product could use: "f32", "bf16", "int16" or "int8".
+def arithmetic_of(weight_type: WeightType, activation_bits: int, *, codes: bool) -> str:
+    """The fastest arithmetic that a product could use: "f32", "int16" or "int8".
 
     `activation_bits`, 8 or 16, are those of the inputs of quantized weights. Inputs of 16 bits take
     one product of 16 bits or two of 8, which is the same rate.
+    `codes`: whether F16 and BF16 are rounded to 16 bits, and their inputs.
     """
-    if weight_type is WeightType.BF16:
-        return "bf16"
-    return "f32" if weight_type.is_float else f"int{activation_bits}"
+    if weight_type.is_float:
+        return "int16" if codes and weight_type is not WeightType.F32 else "f32"
+    return f"int{activation_bits}"
 
 
 class WorkCounter:
@@ -117,6 +118,7 @@ class WorkCounter:
         self._program = program
         self._types = types
         self._bits = 8 if activations == "fast" else 16
+        self._codes = activations == "fast"
         last = max(i for i, op in enumerate(program.operations) if isinstance(op, NormQKV))
         self._last = program.operations[last]
         self._after_last = frozenset(program.operations[last + 1 :])
@@ -164,7 +166,9 @@ class WorkCounter:
         for name in weights:
             out, columns = self._program.weights[name]
             weight_type = self._types[name]
-            operations = {arithmetic_of(weight_type, bits): 2 * out * columns * tokens}
+            operations = {
+                arithmetic_of(weight_type, bits, codes=self._codes): 2 * out * columns * tokens
+            }
             parts.append(Work(out * weight_type.row_bytes(columns), operations=operations))
         return total(parts)
 
