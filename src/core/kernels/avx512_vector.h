@@ -45,7 +45,7 @@ constexpr bool kExtendedNear = true;
 // that one group of rows at a time does.
 constexpr int kTileVectors = 2;
 constexpr int kFloatTileTokens = 12;
-constexpr int kCodeTileTokens = 12;  // likewise, of I16
+constexpr int kCodeTileTokens = 8;  // likewise, of I16: panels are whole tiles
 constexpr int kFewFloatTokens = 6;
 // And so many that a block of F16 or BF16 weights is converted to float32 once for all; 0: never.
 constexpr int kConvertedF16Tokens = 128;
