@@ -12,11 +12,11 @@ namespace smolrun {
 namespace {
 
 void run(const Embed& op, const StepContext& step, Worker& worker) {
-    const int64_t tokens = step.arrays.tokens;
-    const int64_t group = token_chunk(tokens, worker.threads());
-    worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
-        const int64_t end = std::min(tokens, (chunk + 1) * group);
-        for (int64_t token = chunk * group; token < end; ++token) {
+    const int64_t together = token_chunk(step.arrays.tokens, worker.threads());
+    const TokenChunks tokens{step.arrays.tokens, step.arrays.own, together};
+    worker.phase(tokens.count(), [&](int64_t chunk) {
+        const auto [begin, end] = tokens.range(chunk);
+        for (int64_t token = begin; token < end; ++token) {
             op.dequantize(op.weights, step.arrays.token_ids[token],
                           op.out.data + token * op.out.width);
         }
@@ -74,26 +74,33 @@ void multiply_q(const NormQkv& op, const StepContext& step, const ThreadScratch&
 }
 
 Tiling tile_heads(const LinkedMatrix& matrix, const StepContext& step, const Worker& worker) {
-    return tile(step.arrays.tokens, matrix.weights, step.dimensions.head_rows(), step, worker);
+    return tile(step.arrays.tokens, step.arrays.own, matrix.weights, step.dimensions.head_rows(),
+                step, worker);
 }
 
 void run(const NormQkv& op, const StepContext& step, Worker& worker) {
     const Tiling q_tiling = tile_heads(op.q, step, worker);
     const Tiling kv_tiling = tile_heads(op.k, step, worker);
     const int64_t chunks = kv_tiling.chunks + q_tiling.chunks;
-    // Those of K and V are longer: so they are spread evenly among those of q.
+    // Those of K and V are longer: so they come first among the chunks of a thread's own tokens,
+    // and else are spread evenly among those of q.
+    const int64_t blocks = ceil_div(step.arrays.tokens, step.arrays.own);
+    const int64_t of_block = chunks / blocks, kv_of_block = kv_tiling.chunks / blocks;
     const auto place = [&](int64_t chunk) {
-        const int64_t kv = chunk * kv_tiling.chunks / chunks;
-        const bool is_kv = (chunk + 1) * kv_tiling.chunks / chunks > kv;
+        const int64_t block = chunk / of_block;
+        const int64_t kv = blocks > 1
+                               ? block * kv_of_block + std::min(kv_of_block, chunk % of_block)
+                               : chunk * kv_tiling.chunks / chunks;
+        const bool is_kv = blocks > 1 ? chunk % of_block < kv_of_block
+                                      : (chunk + 1) * kv_tiling.chunks / chunks > kv;
         return std::pair(is_kv, is_kv ? kv_tiling.part(kv) : q_tiling.part(chunk - kv));
     };
     const auto weights_of = [&](int64_t chunk) {
         const auto [is_kv, part] = place(chunk);
         return WeightsAhead((is_kv ? op.k : op.q).weights, part.row_begin);
     };
-    product_phase(op.input, step, worker, step.arrays.tokens,
-                  std::min(q_tiling.panel, kv_tiling.panel), chunks, kSameToken, weights_of,
-                  [&](int64_t chunk, auto&& inputs) {
+    product_phase(op.input, step, worker, q_tiling.tiles, std::min(q_tiling.panel, kv_tiling.panel),
+                  chunks, kSameToken, weights_of, [&](int64_t chunk, auto&& inputs) {
                       const auto [is_kv, part] = place(chunk);
                       (is_kv ? multiply_kv : multiply_q)(op, step, own(step, worker),
                                                          inputs(part.token_begin), part);
@@ -193,14 +200,10 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
     const int64_t groups = d.num_attention_heads / group;
     const int64_t together =
         std::clamp<int64_t>(tokens * d.num_key_value_heads / wanted, 1, kAttentionTokens);
-    const int64_t own = own_tokens(tokens, worker.threads(), step.kernels.panel_tokens);
-    const int64_t runs_of_own = ceil_div(own, together);
-    const int64_t runs = tokens / own * runs_of_own + ceil_div(tokens % own, together);
+    const TokenChunks runs{tokens, step.arrays.own, together};
 
-    worker.phase(runs * groups, [&](int64_t chunk) {
-        const int64_t run = chunk / groups, first = run / runs_of_own * own;
-        const int64_t begin = first + run % runs_of_own * together;
-        const int64_t end = std::min({begin + together, first + own, tokens});
+    worker.phase(runs.count() * groups, [&](int64_t chunk) {
+        const auto [begin, end] = runs.range(chunk / groups);
         const int64_t head = chunk % groups * group;
         const auto& tables = step.arrays.block_tables;
         const int32_t* const positions = step.arrays.positions;
@@ -216,13 +219,24 @@ void run(const Attention& op, const StepContext& step, Worker& worker) {
     });
 }
 
+// Asks for what a product will be added to: short pieces of rows, which the CPU does not foresee.
+void ask_for(const Buffer& out, const Tiling::Part& part) {
+    for (int64_t i = 0; i < part.tokens; ++i) {
+        const float* const row = out.data + (part.token_begin + i) * out.width;
+        for (int64_t j = part.row_begin; j < part.row_end; j += 16) {
+            __builtin_prefetch(row + j, 1, 2);
+        }
+    }
+}
+
 void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
-    const int64_t tokens = step.arrays.tokens;
-    const Tiling tiling = tile(tokens, op.matrix.weights, 0, step, worker);
-    product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
+    const Tiling tiling =
+        tile(step.arrays.tokens, step.arrays.own, op.matrix.weights, 0, step, worker);
+    product_phase(op.input, step, worker, tiling.tiles, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
+                      ask_for(op.out, part);
                       multiply(op.matrix, step, scratch, inputs(part.token_begin), part,
                                scratch.products, part.rows());
                       for (int64_t i = 0; i < part.tokens; ++i) {
@@ -234,9 +248,9 @@ void run(const LinearAdd& op, const StepContext& step, Worker& worker) {
 }
 
 void run(const NormSwiglu& op, const StepContext& step, Worker& worker) {
-    const int64_t tokens = step.arrays.tokens;
-    const Tiling tiling = tile(tokens, op.gate.weights, 0, step, worker);
-    product_phase(op.input, step, worker, tokens, tiling.panel, tiling.chunks, kSameToken,
+    const Tiling tiling =
+        tile(step.arrays.tokens, step.arrays.own, op.gate.weights, 0, step, worker);
+    product_phase(op.input, step, worker, tiling.tiles, tiling.panel, tiling.chunks, kSameToken,
                   first_rows(op.gate, tiling), [&](int64_t chunk, auto&& inputs) {
                       const ThreadScratch& scratch = own(step, worker);
                       const Tiling::Part part = tiling.part(chunk);
@@ -259,9 +273,9 @@ void run(const NormLogits& op, const StepContext& step, Worker& worker) {
     if (rows == 0) return;
     const int64_t columns = op.input.buffer.width;
     const int64_t vocab_size = op.matrix.weights.rows;
-    const Tiling tiling = tile(rows, op.matrix.weights, 0, step, worker);
+    const Tiling tiling = tile(rows, rows, op.matrix.weights, 0, step, worker);
     const auto source_token = [&](int64_t row) { return int64_t{arrays.logit_rows[row]}; };
-    product_phase(op.input, step, worker, rows, tiling.panel, tiling.chunks, source_token,
+    product_phase(op.input, step, worker, tiling.tiles, tiling.panel, tiling.chunks, source_token,
                   first_rows(op.matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                       const Tiling::Part part = tiling.part(chunk);
                       const Activations x = inputs(part.token_begin);
@@ -289,8 +303,8 @@ void run_narrowing(const NormQkv& op, const Narrowing& narrowing, const StepCont
                    const StepContext& narrowed, Worker& worker) {
     const auto products = [&](const StepContext& of, const LinkedMatrix& matrix, auto&& work) {
         const Tiling tiling = tile_heads(matrix, of, worker);
-        product_phase(op.input, of, worker, of.arrays.tokens, tiling.panel, tiling.chunks,
-                      kSameToken, first_rows(matrix, tiling), [&](int64_t chunk, auto&& inputs) {
+        product_phase(op.input, of, worker, tiling.tiles, tiling.panel, tiling.chunks, kSameToken,
+                      first_rows(matrix, tiling), [&](int64_t chunk, auto&& inputs) {
                           const Tiling::Part part = tiling.part(chunk);
                           work(op, of, own(of, worker), inputs(part.token_begin), part);
                       });

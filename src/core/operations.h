@@ -47,6 +47,7 @@ struct LinkedInput {
     Buffer buffer;
     const float* norm;  // [width], or null
     float epsilon;
+    bool floats;          // some weight, or the caller, takes them as they are
     bool quantize;        // some weight that reads it takes codes of 16 bits, in pieces
     bool quantize_bytes;  // some weight that reads it takes codes of 8 bits
     bool quantize_runs;   // some weight that reads it is of I16
@@ -97,6 +98,7 @@ using Operation = std::variant<Embed, NormQkv, Attention, LinearAdd, NormSwiglu,
 
 // Inputs of a product, prepared: room for some tokens.
 struct InputScratch {
+    int64_t columns;      // at most
     float* values;        // [tokens][columns]
     WordPiece* words;     // [panels][columns / 32][panel]
     WordScale* scales;    // [panels][columns / 32][panel]
@@ -132,7 +134,8 @@ struct Scratch {
 
 // A step's arrays, checked. Nothing here is written but logits and hidden.
 struct StepArrays {
-    int64_t tokens;                            // how many
+    int64_t tokens;  // how many
+    int64_t own;     // that a thread keeps between operations, thread after thread; or all
     const int32_t* token_ids;                  // [tokens]
     const int32_t* positions;                  // [tokens]
     std::vector<const int32_t*> block_tables;  // [tokens], the table of each token's sequence

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #include "operations.h"
@@ -17,28 +18,37 @@ constexpr int64_t kAskedFirst = 8 * 1024;
 // A tile of prepared inputs stays in the second-level cache while weights stream past it: all of
 // it, or a part of the columns of I16, which are gone through one after the other.
 constexpr int64_t kTileBytes = 384 * 1024;
-// But weights are not read again for fewer tokens than this.
-constexpr int64_t kFewestTileTokens = 24;
-// Where every thread can have as many, tiles are cut so that it has its own: then what it wrote is
-// in its cache when it comes to be read. (Not for F16, which is converted once for a tile.)
-constexpr int64_t kOwnTokens = 96;
+// But weights are not read again for fewer tokens than this, a panel at least.
+constexpr int64_t kFewestTileTokens = 32;
+static_assert(kFewestTileTokens >= kPanelTokens);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Tokens of a step that one thread keeps to itself from operation to operation, or all of them.
-inline int64_t own_tokens(int64_t tokens, int threads, int64_t panel) {
-    if (tokens < threads * kOwnTokens) return tokens;
-    return std::min(tokens, round_up(ceil_div(tokens, threads), panel));
-}
+// The tokens of a step in chunks, none of which belongs to two threads.
+struct TokenChunks {
+    int64_t tokens, own, together;  // `together` at most in a chunk
+
+    struct Range {
+        int64_t begin, end;
+    };
+
+    int64_t of_own() const { return ceil_div(own, together); }
+    int64_t count() const { return ceil_div(tokens, own) * of_own(); }
+    Range range(int64_t chunk) const {
+        const int64_t first = chunk / of_own() * own;
+        const int64_t begin = first + chunk % of_own() * together;
+        const int64_t end = std::min({begin + together, first + own, tokens});
+        return {begin, std::max(begin, end)};  // the last thread may have fewer tokens
+    }
+};
 
 // How a product [tokens] x [rows] is cut into chunks. Tiles of tokens come one after the other, so
-// that all threads read the same inputs.
+// that all threads read the same inputs, or each its own tokens'.
 struct Tiling {
-    int64_t tokens;
+    TokenChunks tiles;
     int64_t rows;
-    int64_t tile_tokens;
-    int64_t panel;  // tile_tokens is a multiple of it, unless there is but one tile
+    int64_t panel;  // a tile has a multiple of it, but for the last one
     int64_t chunk_rows;
     int64_t row_chunks;
     int64_t chunks;
@@ -49,10 +59,9 @@ struct Tiling {
     };
 
     Part part(int64_t chunk) const {
-        const int64_t token = chunk / row_chunks * tile_tokens;
+        const auto [begin, end] = tiles.range(chunk / row_chunks);
         const int64_t row = chunk % row_chunks * chunk_rows;
-        return {token, std::min(tile_tokens, tokens - token), row,
-                std::min(row + chunk_rows, rows)};
+        return {begin, end - begin, row, std::min(row + chunk_rows, rows)};
     }
 };
 
@@ -71,39 +80,38 @@ inline int64_t chunk_groups(int64_t groups, int64_t most, int64_t tiles, int thr
     return best;
 }
 
-// unit: rows that a chunk is a multiple of; 0 chooses.
-inline Tiling tile(int64_t tokens, const Matrix& weights, int64_t unit, const StepContext& step,
-                   const Worker& worker) {
-    const int64_t rows = weights.rows;
+// unit: rows that a chunk is a multiple of; 0 chooses. own: tokens that a thread keeps, or all.
+inline Tiling tile(int64_t tokens, int64_t own, const Matrix& weights, int64_t unit,
+                   const StepContext& step, const Worker& worker) {
     // Columns that are gone through together.
     const int64_t columns = weights.type == WeightType::I16
                                 ? std::min(weights.columns, kCodePartColumns)
                                 : weights.columns;
     const int64_t panel = step.kernels.panel_tokens;
-    const auto in_panels = [&](int64_t most) { return most < panel ? most : most / panel * panel; };
+    const auto in_panels = [&](int64_t most) {
+        if (most >= panel) return most / panel * panel;
+        return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
+    };
     int64_t most = in_panels(std::max(kFewestTileTokens, kTileBytes / (columns * 2)));
-    if (weights.type != WeightType::F16) {
-        most = std::min(most, own_tokens(tokens, worker.threads(), panel));
-    }
-    Tiling t{};
-    t.tokens = tokens;
-    t.rows = rows;
     if (unit > 0) most = std::min(most, in_panels(kProductFloats / unit));
     // No last tile of a few tokens, for which all weights would be read again.
-    const int64_t even = ceil_div(tokens, ceil_div(tokens, most));
-    t.tile_tokens = even == tokens ? tokens : std::min(most, round_up(even, panel));
+    const int64_t even = ceil_div(own, ceil_div(own, most));
+    const int64_t tile_tokens = even == own ? own : std::min(most, round_up(even, panel));
+    Tiling t{};
+    t.tiles = {tokens, own, tile_tokens};
+    t.rows = weights.rows;
     if (unit > 0) {
         t.chunk_rows = unit;
     } else {
-        const int64_t groups = ceil_div(rows, kGroupRows);
+        const int64_t groups = ceil_div(weights.rows, kGroupRows);
         const int64_t fair = ceil_div(groups, worker.threads() * kChunksPerThread);
-        const int64_t fitting = std::max<int64_t>(1, kProductFloats / t.tile_tokens / kGroupRows);
-        t.chunk_rows = kGroupRows * chunk_groups(groups, std::min(fair, fitting),
-                                                 ceil_div(tokens, t.tile_tokens), worker.threads());
+        const int64_t fitting = std::max<int64_t>(1, kProductFloats / tile_tokens / kGroupRows);
+        t.chunk_rows = kGroupRows * chunk_groups(groups, std::min(fair, fitting), t.tiles.count(),
+                                                 worker.threads());
     }
-    t.panel = std::min(t.tile_tokens, panel);
-    t.row_chunks = ceil_div(rows, t.chunk_rows);
-    t.chunks = ceil_div(tokens, t.tile_tokens) * t.row_chunks;
+    t.panel = std::min(tile_tokens, panel);
+    t.row_chunks = ceil_div(weights.rows, t.chunk_rows);
+    t.chunks = t.tiles.count() * t.row_chunks;
     return t;
 }
 
@@ -112,45 +120,66 @@ inline int64_t token_chunk(int64_t tokens, int threads) {
     return std::clamp<int64_t>(tokens / (threads * kChunksPerThread), 1, 8);
 }
 
+// Room for the inputs of a thread's own tokens, from `token` on, the first of a panel: apart from
+// others', which may have another number of columns meanwhile.
+inline InputScratch inputs_from(const InputScratch& all, int64_t columns, int64_t own,
+                                int64_t token) {
+    const int64_t first = token / own * own;
+    const auto at = [&](auto* from, int64_t most_of_token, int64_t of_token) {
+        return from == nullptr ? from : from + first * most_of_token + (token - first) * of_token;
+    };
+    InputScratch some = all;
+    some.values = at(all.values, all.columns, columns);
+    some.words = at(all.words, all.columns / 32, columns / 32);
+    some.scales = at(all.scales, all.columns / 32, columns / 32);
+    some.bytes = at(all.bytes, all.columns / 32, columns / 32);
+    some.byte_scales = at(all.byte_scales, 1, 1);
+    some.codes = at(all.codes, kCodePartColumns, kCodePartColumns);
+    some.code_scales = at(all.code_scales, kCodePartRuns, kCodePartRuns);
+    return some;
+}
+
+// passing: room for a token's [columns], of which only codes stay.
 inline void prepare_input(const LinkedInput& input, const StepContext& step, int64_t source_token,
-                          int64_t token, int64_t panel, const InputScratch& scratch) {
+                          int64_t own, int64_t token, int64_t panel, const InputScratch& all,
+                          float* passing) {
     const int64_t columns = input.buffer.width;
+    const int64_t place = token % own % panel;
+    const InputScratch to = inputs_from(all, columns, own, token - place);
     const float* values = input.buffer.data + source_token * columns;
     if (input.norm != nullptr) {
-        float* const normalized = scratch.values + token * columns;
+        const bool kept = input.floats || step.squares != nullptr;
+        float* const normalized = kept ? to.values + place * columns : passing;
         step.kernels.rms_norm(values, input.norm, columns, input.epsilon, normalized);
         values = normalized;
     }
-    const int64_t first = token / panel * panel * (columns / 32) + token % panel;
     if (input.quantize) {
-        step.kernels.quantize(values, columns, panel, scratch.words + first,
-                              scratch.scales + first);
+        step.kernels.quantize(values, columns, panel, to.words + place, to.scales + place);
     }
     if (input.quantize_bytes) {
-        step.kernels.quantize_bytes(values, columns, panel, scratch.bytes + first,
-                                    scratch.byte_scales + token);
+        step.kernels.quantize_bytes(values, columns, panel, to.bytes + place,
+                                    to.byte_scales + place);
     }
     if (input.quantize_runs) {
-        step.kernels.quantize_runs(values, columns, scratch.code_stride,
-                                   scratch.codes + token * kCodePartColumns,
-                                   scratch.code_scales + token * kCodePartRuns);
+        step.kernels.quantize_runs(values, columns, to.code_stride,
+                                   to.codes + place * kCodePartColumns,
+                                   to.code_scales + place * kCodePartRuns);
     }
 }
 
 // Prepared inputs from the first token of a panel on.
-inline Activations view(const LinkedInput& input, const InputScratch& scratch, const float* values,
+inline Activations view(const LinkedInput& input, const InputScratch& all, int64_t own,
                         int64_t panel, int64_t token) {
     const int64_t columns = input.buffer.width;
-    return {columns,
-            values + token * columns,
-            panel,
-            scratch.words + token * (columns / 32),
-            scratch.scales + token * (columns / 32),
-            scratch.bytes == nullptr ? nullptr : scratch.bytes + token * (columns / 32),
-            scratch.bytes == nullptr ? nullptr : scratch.byte_scales + token,
-            scratch.codes + token * kCodePartColumns,
-            scratch.code_scales + token * kCodePartRuns,
-            scratch.code_stride};
+    const InputScratch from = inputs_from(all, columns, own, token);
+    const float* const values =
+        input.norm != nullptr ? from.values : input.buffer.data + token * columns;
+    return {columns,    values,           panel,      from.words,       from.scales,
+            from.bytes, from.byte_scales, from.codes, from.code_scales, from.code_stride};
+}
+
+inline const ThreadScratch& own(const StepContext& step, const Worker& worker) {
+    return step.scratch.threads[static_cast<size_t>(worker.index())];
 }
 
 // Columns of inputs whose squares a thread sums at a time.
@@ -187,7 +216,7 @@ struct WeightsAhead {
     }
 };
 
-// A phase of products over the prepared inputs of `tokens` tokens:
+// A phase of products over the prepared inputs of tokens.tokens tokens:
 // work(chunk, inputs(first token)). `source_token(i)` is where token i stands in the input buffer.
 //
 // The input of a single token is prepared by every thread for itself: less work than waiting for
@@ -195,15 +224,14 @@ struct WeightsAhead {
 // or prepares: weights_of(chunk) are asked for.
 template <class SourceToken, class WeightsOf, class Work>
 void product_phase(const LinkedInput& input, const StepContext& step, Worker& worker,
-                   int64_t tokens, int64_t panel, int64_t chunks, SourceToken&& source_token,
+                   TokenChunks tokens, int64_t panel, int64_t chunks, SourceToken&& source_token,
                    WeightsOf&& weights_of, Work&& work) {
-    const bool alone = tokens == 1 && step.squares == nullptr;
+    const bool alone = tokens.tokens == 1 && step.squares == nullptr;
     const InputScratch& scratch =
         alone ? step.scratch.threads[static_cast<size_t>(worker.index())].input
               : step.scratch.input;
-    const float* const values = input.norm != nullptr ? scratch.values : input.buffer.data;
     const auto multiply = [&](int64_t chunk) {
-        work(chunk, [&](int64_t token) { return view(input, scratch, values, panel, token); });
+        work(chunk, [&](int64_t token) { return view(input, scratch, tokens.own, panel, token); });
     };
     if (alone) {
         WeightsAhead ahead = weights_of(std::min(chunks - 1, worker.first_chunk(chunks)));
@@ -211,25 +239,29 @@ void product_phase(const LinkedInput& input, const StepContext& step, Worker& wo
             chunks, [&] { return ahead.ask(kAskedTogether); },
             [&](int64_t chunk) {
                 weights_of(chunk).ask(kAskedFirst);
-                prepare_input(input, step, source_token(0), 0, panel, scratch);
+                prepare_input(input, step, source_token(0), tokens.own, 0, panel, scratch,
+                              scratch.values);
             },
             multiply);
         return;
     }
     if (input.norm != nullptr || input.quantize || input.quantize_bytes || input.quantize_runs) {
-        const int64_t group = token_chunk(tokens, worker.threads());
-        worker.phase(ceil_div(tokens, group), [&](int64_t chunk) {
-            const int64_t end = std::min(tokens, (chunk + 1) * group);
-            for (int64_t token = chunk * group; token < end; ++token) {
-                prepare_input(input, step, source_token(token), token, panel, scratch);
+        tokens.together = token_chunk(tokens.tokens, worker.threads());
+        worker.phase(tokens.count(), [&](int64_t chunk) {
+            float* const passing = own(step, worker).input.values;
+            const auto [begin, end] = tokens.range(chunk);
+            for (int64_t token = begin; token < end; ++token) {
+                prepare_input(input, step, source_token(token), tokens.own, token, panel, scratch,
+                              passing);
             }
         });
     }
     if (step.squares != nullptr) {
         const int64_t columns = input.buffer.width;
+        const float* const values = input.norm != nullptr ? scratch.values : input.buffer.data;
         double* const squares = step.squares[input.operation].data();
         worker.phase(ceil_div(columns, kSquareColumns), [&](int64_t chunk) {
-            add_squares(values, tokens, columns, chunk * kSquareColumns, squares);
+            add_squares(values, tokens.tokens, columns, chunk * kSquareColumns, squares);
         });
     }
     worker.phase(chunks, multiply);
@@ -243,14 +275,11 @@ inline auto first_rows(const LinkedMatrix& matrix, const Tiling& tiling) {
 
 constexpr auto kSameToken = [](int64_t token) { return token; };
 
-inline const ThreadScratch& own(const StepContext& step, const Worker& worker) {
-    return step.scratch.threads[static_cast<size_t>(worker.index())];
-}
-
 // One part of a product, with its bias: out[token][row - row_begin].
 inline void multiply(const LinkedMatrix& matrix, const StepContext& step,
                      const ThreadScratch& scratch, const Activations& inputs,
                      const Tiling::Part& part, float* out, int64_t stride) {
+    if (part.tokens == 0) return;
     matrix.multiply(matrix.weights, inputs, part.tokens, part.row_begin, part.row_end, out, stride,
                     scratch.linear);
     if (matrix.bias == nullptr) return;

@@ -75,7 +75,8 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
     const bool fast = spec.activations == "fast";
     const int64_t parts = (columns + kCodePartColumns - 1) / kCodePartColumns;
     const auto input = [&](int64_t tokens) {
-        return InputScratch{layout.array<float>(tokens * columns),
+        return InputScratch{columns,
+                            layout.array<float>(tokens * columns),
                             layout.array<WordPiece>(tokens * (columns / 32 + 1)),
                             layout.array<WordScale>(tokens * (columns / 32 + 1)),
                             fast ? layout.array<BytePiece>(tokens * (columns / 32 + 1)) : nullptr,
@@ -108,6 +109,25 @@ size_t place_scratch(const ProgramSpec& spec, const Dimensions& d, int64_t colum
 // are a small part of the work (docs/decisions.md).
 bool stays_exact(const std::string& kind, const std::string& field) {
     return kind == "norm_logits" || (kind == "norm_qkv" && field == "v");
+}
+
+// Whether it is a layer's, with weights of F16.
+bool has_f16(const Operation& operation) {
+    const auto is_f16 = [](const auto&... matrices) {
+        return ((matrices.weights.type == WeightType::F16) || ...);
+    };
+    return std::visit(
+        [&](const auto& op) {
+            if constexpr (requires { op.q; }) return is_f16(op.q, op.k, op.v);
+            if constexpr (requires { op.gate; }) return is_f16(op.gate, op.up);
+            if constexpr (requires {
+                              op.matrix;
+                              op.out;
+                          })
+                return is_f16(op.matrix);
+            return false;
+        },
+        operation);
 }
 
 // Links one operation after the other, remembering which buffers have been written.
@@ -236,6 +256,7 @@ class Linker {
         op.input = normalized_input();
         hidden_size_ = op.input.buffer.width;
         op.matrix = linked("weight", "", dimensions_.vocab_size, hidden_size_, op.input);
+        op.input.floats = true;  // a caller may want them
         has_logits_ = true;
         return op;
     }
@@ -357,6 +378,8 @@ class Linker {
             (fast ? read_from.quantize_bytes : read_from.quantize) = true;
         } else if (weights.type == WeightType::I16) {
             read_from.quantize_runs = true;
+        } else {
+            read_from.floats = true;
         }
         const bool has_bias =
             !bias_name.empty() && !std::holds_alternative<std::monostate>(value(bias_name));
@@ -397,6 +420,7 @@ void Program::link() {
     Linker linker(spec_, kernels_, buffers);
     operations_ = linker.link();
     last_norm_qkv_ = operations_.size();
+    multiplies_f16_ = std::any_of(operations_.begin(), operations_.end(), has_f16);
     for (size_t i = 0; i < operations_.size(); ++i) {
         if (std::holds_alternative<NormQkv>(operations_[i])) last_norm_qkv_ = i;
     }

@@ -44,6 +44,7 @@ class Program {
     const std::vector<Operation>& operations() const { return operations_; }
     // The last norm_qkv: what follows changes no K and V.
     size_t last_norm_qkv() const { return last_norm_qkv_; }
+    bool multiplies_f16() const { return multiplies_f16_; }  // in some layer
     const std::vector<Buffer>& buffers() const { return buffers_; }
     const Dimensions& dimensions() const { return dimensions_; }
     const Kernels& kernels() const { return kernels_; }
@@ -67,6 +68,7 @@ class Program {
     int64_t hidden_size_ = 0;
     std::vector<Operation> operations_;
     size_t last_norm_qkv_ = 0;
+    bool multiplies_f16_ = false;
     std::vector<Buffer> buffers_;
 };
 

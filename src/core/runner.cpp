@@ -7,8 +7,6 @@
 #include <string>
 #include <utility>
 
-#include "products.h"
-
 namespace smolrun {
 namespace {
 
@@ -100,6 +98,7 @@ void Runner::prepare(const StepRequest& request) {
     reorder(sequences);
 
     arrays_.tokens = n;
+    arrays_.own = own_tokens(n);
     arrays_.token_ids = token_ids_.data();
     arrays_.positions = positions_.data();
     arrays_.block_tables.clear();
@@ -114,13 +113,26 @@ void Runner::prepare(const StepRequest& request) {
     narrow();
 }
 
-// A thread keeps its tokens from operation to operation, and later ones look at more of the cache:
-// so each gets some of the first and some of the last.
+// Where every thread can have many tokens, each keeps its own: then what it wrote is in its cache
+// when it comes to be read, and it waits for others in attention only. (Not with weights of F16,
+// which are converted once for more tokens; nor for squares, added up in the order of the tokens.)
+int64_t Runner::own_tokens(int64_t tokens) const {
+    constexpr int64_t kFewest = 96;
+    if (tokens < threads() * kFewest || program_.multiplies_f16() || !squares_.empty()) {
+        return tokens;
+    }
+    const int64_t panel = program_.kernels().panel_tokens;
+    const int64_t panels = (tokens + threads() * panel - 1) / (threads() * panel);
+    // The last thread may have fewer, but some.
+    return panels * panel * (threads() - 1) < tokens ? panels * panel : tokens;
+}
+
+// Later tokens look at more of the cache: so each thread gets some of the first and some of the
+// last.
 void Runner::reorder(std::vector<int32_t>& sequences) {
     const int64_t tokens = static_cast<int64_t>(positions_.size());
-    const int64_t own = own_tokens(tokens, threads(), program_.kernels().panel_tokens);
-    // Squares are added up in the order of the tokens.
-    if (own == tokens || !squares_.empty()) return;
+    const int64_t own = own_tokens(tokens);
+    if (own >= tokens) return;
     std::vector<int32_t> order;
     int64_t front = 0, back = tokens;
     while (front < back) {
@@ -153,6 +165,7 @@ void Runner::narrow() {
                            narrowed_tokens_.end());
     narrowed_ = arrays_;
     narrowed_.tokens = static_cast<int64_t>(narrowed_tokens_.size());
+    narrowed_.own = own_tokens(narrowed_.tokens);
     narrowed_.token_ids = nullptr;  // embedded before
     narrowed_.block_tables.clear();
     narrowed_positions_.clear();
@@ -261,7 +274,7 @@ void Runner::run_operations(const StepContext& step, const StepContext& narrowed
     // All inputs count where their squares are wanted.
     const bool narrows = narrowed.arrays.tokens < step.arrays.tokens && step.squares == nullptr;
     const size_t last = narrows ? program_.last_norm_qkv() : operations.size();
-    for (size_t i = 0; i < operations.size(); ++i) {
+    const auto run_one = [&](size_t i) {
         if (i == last) {
             run_narrowing(std::get<NormQkv>(operations[i]), {program_.buffers(), narrowed_tokens_},
                           step, narrowed, worker);
@@ -269,6 +282,27 @@ void Runner::run_operations(const StepContext& step, const StepContext& narrowed
             run_operation(operations[i], i < last ? step : narrowed, worker);
         }
         finished(i);
+    };
+    // Attention begins a chain, as it reads what others left; and logits may be of any tokens.
+    const auto goes_on = [&](size_t i) {
+        return i < operations.size() && i != last &&
+               !std::holds_alternative<Attention>(operations[i]) &&
+               !std::holds_alternative<NormLogits>(operations[i]);
+    };
+    size_t i = 0;
+    while (i < operations.size()) {
+        const StepArrays& arrays = (i < last ? step : narrowed).arrays;
+        size_t end = i + 1;
+        if (arrays.own < arrays.tokens &&
+            (goes_on(i) || std::holds_alternative<Attention>(operations[i]))) {
+            while (goes_on(end)) ++end;
+            worker.chain([&] {
+                for (size_t of_chain = i; of_chain < end; ++of_chain) run_one(of_chain);
+            });
+        } else {
+            run_one(i);
+        }
+        i = end;
     }
 }
 

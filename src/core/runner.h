@@ -67,6 +67,7 @@ class Runner {
     int threads() const { return program_.dimensions().threads; }
 
   private:
+    int64_t own_tokens(int64_t tokens) const;
     void reorder(std::vector<int32_t>& sequences);
     void narrow();
     template <class Finished>

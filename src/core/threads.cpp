@@ -15,7 +15,7 @@ namespace smolrun {
 namespace {
 
 constexpr uint32_t kOpen = uint32_t{1} << 31;
-constexpr uint32_t kFailed = std::numeric_limits<uint32_t>::max();
+constexpr uint32_t kFailed = uint32_t{1} << 31;
 constexpr uint64_t kNoneLeft = std::numeric_limits<uint64_t>::max();
 
 // Some 20 to 50 microseconds: longer than a phase usually keeps anyone waiting, shorter than what
@@ -139,9 +139,10 @@ void Team::run_step(Entry entry, void* context) {
     entry_ = entry;
     context_ = context;
     error_ = nullptr;
-    for (Share& share : shares_) share.taken.store(0, std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
-    completed_.store(0, std::memory_order_relaxed);
+    for (Share& share : shares_) {
+        share.taken.store(0, std::memory_order_relaxed);
+        share.done.store(0, std::memory_order_relaxed);
+    }
     if (threads_ > 1) {
         gate_.store(kOpen, std::memory_order_release);
         epoch_.fetch_add(1, std::memory_order_release);
@@ -161,10 +162,10 @@ void Team::run_step(Entry entry, void* context) {
 }
 
 void Team::carry_out(int index) noexcept {
-    Worker worker(*this, index);
     try {
+        Worker worker(*this, index);
         entry_(context_, worker);
-        await_phase(worker.phase_);
+        worker.await_all();
     } catch (const StepFailed&) {
     } catch (...) {
         fail(std::current_exception());
@@ -177,49 +178,43 @@ void Team::fail(std::exception_ptr error) noexcept {
         if (!error_) error_ = std::move(error);
     }
     for (Share& share : shares_) share.taken.store(kNoneLeft, std::memory_order_relaxed);
-    // An exchange, not a store: a store may still be on its way when notify_all() looks for
-    // sleepers, and a thread that falls asleep in between would never be woken.
-    completed_.exchange(kFailed, std::memory_order_acq_rel);
-    completed_.notify_all();
-}
-
-void Team::await_phase(uint32_t phase) const {
-    uint32_t completed = completed_.load(std::memory_order_acquire);
-    while (completed < phase) {
-        await_change(completed_, completed, spins_);
-        completed = completed_.load(std::memory_order_acquire);
+    for (Share& share : shares_) {
+        // A read and write, not a store: a store may still be on its way when notify_all() looks
+        // for sleepers, and a thread that falls asleep in between would never be woken.
+        share.done.fetch_or(kFailed, std::memory_order_acq_rel);
+        share.done.notify_all();
     }
-    if (completed == kFailed) throw StepFailed();
 }
 
-int64_t Team::take(uint32_t phase, int64_t chunks, int index) {
+void Team::await_done(int share, uint32_t chunks) const {
+    const std::atomic<uint32_t>& of_share = done_of(share);
+    uint32_t done = of_share.load(std::memory_order_acquire);
+    while (done < chunks) {
+        await_change(of_share, done, spins_);
+        done = of_share.load(std::memory_order_acquire);
+    }
+    if (done >= kFailed) throw StepFailed();
+}
+
+int64_t Team::take(uint32_t phase, int64_t chunks, int share) {
     const uint64_t none = (uint64_t{phase} + 1) << 32;
-    for (int i = 0; i < threads_; ++i) {
-        const int of = index + i < threads_ ? index + i : index + i - threads_;
-        const int64_t begin = share_begin(chunks, of);
-        const int64_t left = share_begin(chunks, of + 1) - begin;
-        std::atomic<uint64_t>& share = shares_[static_cast<size_t>(of)].taken;
-        uint64_t seen = share.load(std::memory_order_relaxed);
-        while (true) {
-            // Of a later phase more than `left`.
-            const uint64_t taken = std::max(seen, none) - none;
-            if (taken >= static_cast<uint64_t>(left)) break;
-            if (share.compare_exchange_weak(seen, none + taken + 1, std::memory_order_relaxed)) {
-                return begin + static_cast<int64_t>(taken);
-            }
+    const int64_t begin = share_begin(chunks, share);
+    const int64_t left = share_begin(chunks, share + 1) - begin;
+    std::atomic<uint64_t>& of_share = shares_[static_cast<size_t>(share)].taken;
+    uint64_t seen = of_share.load(std::memory_order_relaxed);
+    while (true) {
+        // Of a later phase more than `left`.
+        const uint64_t taken = std::max(seen, none) - none;
+        if (taken >= static_cast<uint64_t>(left)) return -1;
+        if (of_share.compare_exchange_weak(seen, none + taken + 1, std::memory_order_relaxed)) {
+            return begin + static_cast<int64_t>(taken);
         }
     }
-    return -1;
 }
 
-void Team::finish(uint32_t phase, int64_t chunks, int64_t phase_end) {
-    if (done_.fetch_add(chunks, std::memory_order_acq_rel) + chunks != phase_end) return;
-    uint32_t expected = phase;
-    // Only a failed step has another value here, and that one stays.
-    if (completed_.compare_exchange_strong(expected, phase + 1, std::memory_order_release,
-                                           std::memory_order_relaxed)) {
-        completed_.notify_all();
-    }
+void Team::finish(int share, uint32_t chunks, uint32_t all) {
+    std::atomic<uint32_t>& done = shares_[static_cast<size_t>(share)].done;
+    if (done.fetch_add(chunks, std::memory_order_acq_rel) + chunks == all) done.notify_all();
 }
 
 }  // namespace smolrun

@@ -7,6 +7,10 @@
 // running: a worker whose core was taken away delays only the chunk it holds, never a barrier it
 // has not reached. A worker that waits for a phase to start holds none.
 //
+// Of a *chain* of phases, in which a chunk needs only what the same share's chunks of earlier
+// phases made, every thread carries out its own share first, waiting for nobody, and then helps
+// others.
+//
 // Every thread must walk through the same phases with the same chunk counts.
 #pragma once
 
@@ -54,26 +58,33 @@ class Team {
     void stop();
     void carry_out(int index) noexcept;
     void fail(std::exception_ptr error) noexcept;
-    bool is_open(uint32_t phase) const {
-        return completed_.load(std::memory_order_relaxed) >= phase;
-    }
-    void await_phase(uint32_t phase) const;
 
     // The first chunk of a thread's share.
     int64_t share_begin(int64_t chunks, int index) const { return chunks * index / threads_; }
-    // A chunk of a phase that is open, of the thread's own share where there is one left; or -1.
-    int64_t take(uint32_t phase, int64_t chunks, int index);
+    // A chunk of a thread's share of a phase, or -1: none is left.
+    int64_t take(uint32_t phase, int64_t chunks, int share);
 
-    void finish(uint32_t phase, int64_t chunks, int64_t phase_end);
+    // Whether `chunks` chunks of a share are done, over all phases of the step.
+    bool is_done(int share, uint32_t chunks) const {
+        return done_of(share).load(std::memory_order_relaxed) >= chunks;
+    }
+    void await_done(int share, uint32_t chunks) const;
+    // `chunks` more are done; those who wait for `all` of them hear of it.
+    void finish(int share, uint32_t chunks, uint32_t all);
+    const std::atomic<uint32_t>& done_of(int share) const {
+        return shares_[static_cast<size_t>(share)].done;
+    }
 
     const int threads_;
     const unsigned forks_;  // how often this process had been forked from another at the start
     const int spins_;       // checks of a changed value before sleeping
     std::vector<std::thread> workers_;
 
-    // How many chunks of a thread's share are taken, below the number of the phase plus 1.
-    struct alignas(128) Share {
-        std::atomic<uint64_t> taken{0};
+    struct Share {
+        // How many of its chunks are taken, below the number of the phase plus 1.
+        alignas(128) std::atomic<uint64_t> taken{0};
+        // How many are done, of all phases of the step; kFailed and more where the step failed.
+        alignas(128) std::atomic<uint32_t> done{0};
     };
     std::vector<Share> shares_;  // [threads]
 
@@ -84,17 +95,16 @@ class Team {
     std::exception_ptr error_;
 
     // Each on its own cache lines: they are written by different threads at different times.
-    alignas(128) std::atomic<uint32_t> epoch_{0};      // bell: changes when a step starts
-    alignas(128) std::atomic<uint32_t> gate_{0};       // open bit, and how many workers are inside
-    alignas(128) std::atomic<int64_t> done_{0};        // chunks of the step that are finished
-    alignas(128) std::atomic<uint32_t> completed_{0};  // phases of the step that are finished
+    alignas(128) std::atomic<uint32_t> epoch_{0};  // bell: changes when a step starts
+    alignas(128) std::atomic<uint32_t> gate_{0};   // open bit, and how many workers are inside
     std::atomic<bool> stopping_{false};
 };
 
 // One thread's place in a step.
 class Worker {
   public:
-    Worker(Team& team, int index) : team_(team), index_(index) {}
+    Worker(Team& team, int index)
+        : team_(team), index_(index), ends_(static_cast<size_t>(team.threads())) {}
 
     int index() const { return index_; }
     int threads() const { return team_.threads(); }
@@ -111,19 +121,46 @@ class Worker {
     template <class Meanwhile, class Prepare, class Work>
     void phase(int64_t chunks, Meanwhile&& meanwhile, Prepare&& prepare, Work&& work) {
         if (chunks <= 0) return;
-        while (!team_.is_open(phase_) && meanwhile()) {
+        if (alone_) {
+            team_.await_done(index_, ends_[static_cast<size_t>(index_)]);
+        } else {
+            while (!are_done() && meanwhile()) {
+            }
+            await_all();
         }
-        team_.await_phase(phase_);
-        int64_t finished = 0;
-        for (int64_t chunk = take(chunks); chunk >= 0; chunk = take(chunks)) {
-            if (finished == 0) prepare(chunk);
-            work(chunk);
-            ++finished;
+        bool prepared = false;
+        for (int i = 0; i < (alone_ ? 1 : threads()); ++i) {
+            const int share = index_ + i < threads() ? index_ + i : index_ + i - threads();
+            uint32_t finished = 0;
+            for (int64_t chunk = take(chunks, share); chunk >= 0; chunk = take(chunks, share)) {
+                if (!prepared) prepare(chunk);
+                prepared = true;
+                work(chunk);
+                ++finished;
+            }
+            if (finished == 0) continue;
+            team_.finish(share, finished, end_of(share, chunks));
+            chunks_done_ += finished;
         }
-        end_ += chunks;
-        if (finished > 0) team_.finish(phase_, finished, end_);
-        chunks_done_ += finished;
+        for (int share = 0; share < threads(); ++share) {
+            ends_[static_cast<size_t>(share)] = end_of(share, chunks);
+        }
         ++phase_;
+    }
+
+    // The phases of walk(), a chain. It is called twice where another thread is behind.
+    template <class Walk>
+    void chain(Walk&& walk) {
+        await_all();
+        const uint32_t first = phase_;
+        const std::vector<uint32_t> before = ends_;
+        alone_ = true;
+        walk();
+        alone_ = false;
+        if (are_done()) return;
+        phase_ = first;
+        ends_ = before;
+        walk();
     }
 
     // The first chunk that this thread will take of a phase, unless another is ahead of it.
@@ -132,12 +169,31 @@ class Worker {
   private:
     friend class Team;
 
-    int64_t take(int64_t chunks) const { return team_.take(phase_, chunks, index_); }
+    int64_t take(int64_t chunks, int share) const { return team_.take(phase_, chunks, share); }
+    // What a share has done after a phase of so many chunks.
+    uint32_t end_of(int share, int64_t chunks) const {
+        const int64_t size =
+            team_.share_begin(chunks, share + 1) - team_.share_begin(chunks, share);
+        return ends_[static_cast<size_t>(share)] + static_cast<uint32_t>(size);
+    }
+    // Whether the phases so far are done.
+    bool are_done() const {
+        for (int share = 0; share < threads(); ++share) {
+            if (!team_.is_done(share, ends_[static_cast<size_t>(share)])) return false;
+        }
+        return true;
+    }
+    void await_all() const {
+        for (int share = 0; share < threads(); ++share) {
+            team_.await_done(share, ends_[static_cast<size_t>(share)]);
+        }
+    }
 
     Team& team_;
     const int index_;
-    int64_t end_ = 0;  // chunks of the phases so far
+    std::vector<uint32_t> ends_;  // [share], chunks of the phases so far
     uint32_t phase_ = 0;
+    bool alone_ = false;  // whether only its own share is carried out
     int64_t chunks_done_ = 0;
 };
 

@@ -56,17 +56,74 @@ bool phases_are_ordered(smolrun::Team& team, int steps) {
     return true;
 }
 
+// In a chain the same holds of the values of a share, for a phase that reads all of them.
+bool chains_are_ordered(smolrun::Team& team, int steps) {
+    constexpr int64_t kChunksOfShare = 5;
+    const int64_t chunks = kChunksOfShare * team.threads();
+    std::vector<int64_t> values(static_cast<size_t>(chunks));
+    int64_t raised = 0;
+    for (int step = 0; step < steps; ++step) {
+        std::atomic<int> wrong{0};
+        team.run([&](smolrun::Worker& worker) {
+            for (int chain = 0; chain < 5; ++chain) {
+                const int64_t before = raised + chain * kPhases;
+                worker.chain([&] {
+                    for (int phase = 0; phase < kPhases; ++phase) {
+                        worker.phase(chunks, [&](int64_t chunk) {
+                            const int64_t first = chunk / kChunksOfShare * kChunksOfShare;
+                            for (int64_t i = first; i < first + kChunksOfShare; ++i) {
+                                if (values[static_cast<size_t>(i)] != before + phase) ++wrong;
+                            }
+                        });
+                        worker.phase(chunks,
+                                     [&](int64_t chunk) { ++values[static_cast<size_t>(chunk)]; });
+                    }
+                });
+                worker.phase(2, [&](int64_t) {
+                    for (const int64_t value : values) {
+                        if (value != before + kPhases) ++wrong;
+                    }
+                });
+            }
+        });
+        raised += 5 * kPhases;
+        if (wrong != 0) return false;
+    }
+    return true;
+}
+
+// A thread that is held up in a chain does not do its share alone.
+bool chains_are_helped(smolrun::Team& team) {
+    int helped = 0;
+    for (int step = 0; step < 50; ++step) {
+        std::vector<int> by(8, -1);
+        team.run([&](smolrun::Worker& worker) {
+            worker.chain([&] {
+                worker.phase(8, [&](int64_t chunk) {
+                    by[static_cast<size_t>(chunk)] = worker.index();
+                    if (chunk == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+                });
+            });
+        });
+        helped += by[0] != by[3];
+    }
+    return helped > 0;
+}
+
 // An exception on any thread ends the step for all, and the team goes on.
 bool exceptions_come_out(smolrun::Team& team) {
     int caught = 0;
     for (int step = 0; step < 40; ++step) {
+        const auto walk = [&](smolrun::Worker& worker) {
+            for (int phase = 0; phase < 10; ++phase) {
+                worker.phase(8, [&](int64_t chunk) {
+                    if (phase == step % 10 && chunk == step % 8) throw std::runtime_error("");
+                });
+            }
+        };
         try {
             team.run([&](smolrun::Worker& worker) {
-                for (int phase = 0; phase < 10; ++phase) {
-                    worker.phase(8, [&](int64_t chunk) {
-                        if (phase == step % 10 && chunk == step % 8) throw std::runtime_error("");
-                    });
-                }
+                step % 3 == 0 ? worker.chain([&] { walk(worker); }) : walk(worker);
             });
         } catch (const std::runtime_error&) {
             ++caught;
@@ -131,7 +188,8 @@ int main(int argc, char** argv) {
     for (const int threads : {1, 2, 3, 8}) {
         smolrun::Team team(threads);
         if (!phases_are_ordered(team, steps) || !exceptions_come_out(team) ||
-            !phases_are_ordered(team, steps) || !shares_come_first(team, 100)) {
+            !phases_are_ordered(team, steps) || !shares_come_first(team, 100) ||
+            !chains_are_ordered(team, steps)) {
             std::printf("%d threads: wrong\n", threads);
             return 1;
         }
@@ -139,6 +197,10 @@ int main(int argc, char** argv) {
     smolrun::Team two(2);  // of more, one that was waiting is often the quicker
     if (!waiting_threads_hold_nothing(two)) {
         std::printf("a waiting thread holds a chunk\n");
+        return 1;
+    }
+    if (!chains_are_helped(two)) {
+        std::printf("a thread that is held up gets no help\n");
         return 1;
     }
     for (int i = 0; i < 50; ++i) smolrun::Team(4);  // never used
