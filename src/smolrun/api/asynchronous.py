@@ -308,9 +308,9 @@ class AsyncModel:
         found: list[npt.NDArray[np.float64]] = []
         async with contextlib.aclosing(self._scored(windows, terms)) as scored:
             async for one in scored:
+                found.append(one.logprobs)
                 if progress is not None:
                     progress(len(found), len(windows))
-                found.append(one.logprobs)
         return perplexity_of(np.concatenate(found), len(windows))
 
     async def _scored(

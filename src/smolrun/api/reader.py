@@ -74,10 +74,10 @@ class Reader:
         """
         windows = self.windows(text, context, stride)
         found = []
-        for done, one in enumerate(self._scored(windows, terms)):
-            if progress is not None:
-                progress(done, len(windows))
+        for one in self._scored(windows, terms):
             found.append(one.logprobs)
+            if progress is not None:
+                progress(len(found), len(windows))
         return perplexity_of(np.concatenate(found), len(windows))
 
     def windows(self, text: Any, context: int, stride: int | None) -> list[Expected]:
