@@ -38,6 +38,9 @@ struct CodeProduct {
     }
 };
 
+// So many tokens that weights are asked for in good time while others are multiplied.
+constexpr int64_t kAheadTokens = 32;
+
 void multiply_codes(const Matrix& weights, const Activations& input, int64_t tokens,
                     int64_t row_begin, int64_t row_end, float* out, int64_t out_stride,
                     std::byte*) {
@@ -58,6 +61,11 @@ void multiply_codes(const Matrix& weights, const Activations& input, int64_t tok
             part.input_bytes = kCodePartColumns * int64_t{sizeof(int16_t)};
             part.input_count = smaller(kCodePartColumns / 2, pairs - i * (kCodePartColumns / 2));
             part.input_scales = input.code_scales + first * CodeProduct::scales;
+            // The next part, or the first one of the next rows.
+            const int64_t next = i + 1 < parts
+                                     ? kCodePartBytes
+                                     : block_rows / kGroupRows * group_bytes - i * kCodePartBytes;
+            part.ahead = tokens >= kAheadTokens ? next : 0;
             part.first = i == 0;
             part.out = out + row - row_begin;
             part.out_stride = out_stride;

@@ -59,6 +59,7 @@ struct FloatPart {
     int64_t input_bytes;        // from one token to the next
     int64_t input_count;        // of four bytes
     const float* input_scales;  // [tokens][Product::scales]
+    int64_t ahead;              // bytes to the weights that come next, to be asked for; 0: none
     int64_t rows;               // how many there are
     bool first;                 // else what is in `out` is added to
     float* out;                 // [tokens][out_stride]
@@ -137,6 +138,15 @@ void multiply_float_tokens(FloatPart part, int64_t count) {
     }
 }
 
+// Asks for the share of a tile of tokens in the weights that a tile of rows meets next.
+SMOLRUN_INLINE void ask_ahead(const FloatPart& part, int64_t tile, int64_t tiles) {
+    const int64_t bytes = (kCodePartBytes / tiles + 63) / 64 * 64;
+    const int64_t groups = part.rows <= kGroupRows ? 1 : kTileVectors / kGroupVectors;
+    for (int64_t group = 0; group < groups; ++group) {
+        prefetch_far(part.weights + group * part.group_bytes + part.ahead + tile * bytes, bytes);
+    }
+}
+
 // A part of the columns, for the rows [0, rows) and all tokens.
 template <class Product>
 void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
@@ -150,6 +160,7 @@ void multiply_float_part(FloatPart part, int64_t rows, int64_t tokens) {
             part.weights = start.weights + row / kGroupRows * start.group_bytes;
             part.rows = rows - row;
             part.out = start.out + token * start.out_stride + row;
+            if (part.ahead != 0) ask_ahead(part, token / tile_tokens, tokens / tile_tokens);
             if (kGroupVectors < kTileVectors && part.rows <= kGroupRows) {
                 multiply_float_tokens<Product, kGroupVectors, tile_tokens>(part, count);
             } else {
