@@ -155,7 +155,7 @@ def test_same_bits_whatever_the_threads_and_chunks(types: tuple[WeightType, ...]
 def test_same_bits_where_threads_keep_their_tokens(
     types: tuple[WeightType, ...], activations: Activations, isa: str
 ) -> None:
-    # As they do from 96 tokens of a step for each thread on, but with weights of F16.
+    # As they do from 96 tokens of a step for each thread on, but with F16 where it stays F16.
     config = small_config(max_position_embeddings=1024)
     model = Model.random(config, types)
     tokens = random_tokens(config, 501)
@@ -163,11 +163,11 @@ def test_same_bits_where_threads_keep_their_tokens(
     first = run_sequence(alone, config, tokens, blocks_for(501), 90)
     assert np.isfinite(first).all()
     zeros, table, some = np.zeros(501), blocks_for(501)[None, :], [500, 3, 333, 3]
-    for threads in (2, 3, 5):
+    for threads in (3,) if isa == "scalar" else (2, 3, 5):  # scalar kernels take their time
         runner = model.runner(
             isa=isa, activations=activations, threads=threads, max_step_tokens=501
         )
-        for chunk in (501, 470, 300):
+        for chunk in (501, 300):
             found = run_sequence(runner, config, tokens, blocks_for(501), chunk)
             assert np.array_equal(first, found), f"{threads} threads, chunks of {chunk}"
         found = step(runner, config, tokens, np.arange(501), zeros, table, some)
